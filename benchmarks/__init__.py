@@ -1,0 +1,1 @@
+"""Measurements of halfbyte beside its peers. Entry point: python -m benchmarks.run"""
