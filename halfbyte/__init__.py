@@ -1,0 +1,3 @@
+"""halfbyte: fine-tune large language models with QLoRA."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,11 @@
+"""Options: RunConfig and its sections, and reading them from files and command lines. No torch in here."""
+
+from __future__ import annotations
+
+from halfbyte.config.data import DataSection
+from halfbyte.config.lora import LoraSection
+from halfbyte.config.model import ModelSection, QuantSection
+from halfbyte.config.run import RunConfig
+from halfbyte.config.train import TrainSection
+
+__all__ = ["DataSection", "LoraSection", "ModelSection", "QuantSection", "RunConfig", "TrainSection"]

@@ -1,0 +1,68 @@
+"""Options of the adapters. PEFT's names are accepted as aliases."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from halfbyte.config.option import option
+from halfbyte.config.values import check_section
+from halfbyte.errors import ConfigError
+
+ALL_LINEAR = "all-linear"
+PLAIN_NAMES = re.compile(r"[\w.\-]+(\s*,\s*[\w.\-]+)*")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LoraSection:
+    """The adapters that are trained"""
+
+    rank: int = option(16, minimum=1, aliases=("r",))
+    """Rows of lora_A, columns of lora_B."""
+    alpha: float = option(32.0, above=0, aliases=("lora_alpha",))
+    """The adapter's output is scaled by alpha / rank."""
+    dropout: float = option(0.05, minimum=0, below=1, aliases=("lora_dropout",))
+    """Share of the adapter's input dropped in training."""
+    targets: str | tuple[str, ...] = option(ALL_LINEAR, aliases=("target_modules",))
+    """Which layers get an adapter: all-linear (all but the output head), names (q_proj,v_proj), or a regular
+    expression for the whole path."""
+    exclude: tuple[str, ...] = option((), aliases=("exclude_modules",))
+    """Names of layers that get none although they match."""
+    rslora: bool = option(False, aliases=("use_rslora",))
+    """Scale by alpha / sqrt(rank) instead."""
+    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Another rank for layers whose path matches: down_proj=32."""
+    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Another alpha for layers whose path matches."""
+    layers_to_transform: tuple[int, ...] | None = None
+    """Numbers of the decoder layers that get adapters. none: all."""
+    layers_pattern: tuple[str, ...] | None = None
+    """Name of the list of layers, where it is none of the usual ones."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained whole beside the adapters and saved with them (lm_head)."""
+    adapter: str | None = None
+    """Continue from this trained adapter (folder or file) instead of a new one."""
+
+    def __post_init__(self) -> None:
+        check_section(self, "lora")
+        if isinstance(self.targets, str) and self.targets != ALL_LINEAR:
+            object.__setattr__(self, "targets", _names_or_regex(self.targets))
+        if not self.targets:
+            raise ConfigError("lora.targets is empty; allowed: all-linear, names, or a regular expression")
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key, value in getattr(self, name).items():
+                if value <= 0:
+                    raise ConfigError(f"lora.{name}[{key}] is {value}; allowed: above 0")
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ConfigError("lora.layers_pattern is set but lora.layers_to_transform is not; set both or neither")
+
+
+def _names_or_regex(text: str) -> str | tuple[str, ...]:
+    """Read `q_proj,v_proj` as names; whatever holds a character that names do not is a regular expression."""
+    if PLAIN_NAMES.fullmatch(text):
+        return tuple(part.strip() for part in text.split(","))
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ConfigError(f"lora.targets is {text!r}, no regular expression: {error}") from None
+    return text

@@ -1,0 +1,104 @@
+"""Options of the training loop, under the names that transformers gives them where it has the option."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from halfbyte.config.option import option
+from halfbyte.config.values import check_section
+from halfbyte.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSection:
+    """The training loop"""
+
+    num_train_epochs: float = option(3.0, above=0)
+    """Times through the data; a part of an epoch is fine."""
+    max_steps: int = option(-1, minimum=-1)
+    """Optimizer steps in all, instead of epochs. -1: by epochs."""
+    per_device_train_batch_size: int = option(4, minimum=1)
+    """Rows a micro-batch: packed rows of data.max_length tokens, or padded examples."""
+    per_device_eval_batch_size: int | None = option(None, minimum=1)
+    """The same for held-out data. none: as in training."""
+    gradient_accumulation_steps: int = option(1, minimum=1)
+    """Micro-batches an optimizer step. The loss is the mean over all their trained tokens."""
+    learning_rate: float = option(2e-4, above=0)
+    """Peak learning rate."""
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+        "cosine_with_min_lr",
+        "warmup_stable_decay",
+    ] = "cosine"
+    """How the learning rate falls."""
+    lr_scheduler_kwargs: dict[str, float] = dataclasses.field(default_factory=dict)
+    """What the scheduler asks for beside that: min_lr=1e-5."""
+    warmup_ratio: float = option(0.03, minimum=0, below=1)
+    """Share of the steps in which the learning rate rises."""
+    warmup_steps: int | None = option(None, minimum=0)
+    """The same in steps, instead of warmup_ratio."""
+    weight_decay: float = option(0.0, minimum=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = option(0.3, minimum=0)
+    """Gradients are scaled down to this norm. 0: never."""
+    optim: Literal[
+        "adamw_8bit",
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adamw_bnb_8bit",
+    ] = "adamw_8bit"
+    """Optimizer. 8bit: blockwise 8-bit state; paged: state in host memory."""
+    adam_beta1: float = option(0.9, minimum=0, below=1)
+    """Decay of the mean of gradients."""
+    adam_beta2: float = option(0.999, minimum=0, below=1)
+    """Decay of the mean of squared gradients."""
+    adam_epsilon: float = option(1e-8, above=0)
+    """Added to the root of the mean square."""
+    bf16: bool | None = None
+    """true is model.dtype=bfloat16 by its usual name."""
+    fp16: bool | None = None
+    """true is model.dtype=float16 by its usual name."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Compute activations again in the backward pass instead of keeping them. auto: where they would not fit."""
+    group_by_length: bool = False
+    """Batch examples of like length; for data.packing=false."""
+    logging_steps: int = option(10, minimum=1)
+    """Optimizer steps between two logged losses; the first and the last are logged always."""
+    eval_steps: int | None = option(None, minimum=1)
+    """Optimizer steps between two held-out evaluations. none: at the end of each epoch."""
+    save_steps: int | None = option(None, minimum=1)
+    """Optimizer steps between two checkpoints. none: at the end of each epoch."""
+    save_total_limit: int | None = option(2, minimum=1)
+    """Checkpoints kept, the newest. none: all."""
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """Loggers by their transformers names (tensorboard, wandb, ...). none: no logger."""
+    seed: int = option(42, minimum=0)
+    """Of adapters, data order and dropout."""
+    dataloader_num_workers: int = option(0, minimum=0)
+    """Processes that prepare batches beside the one that trains."""
+    num_samples: int = option(3, minimum=0)
+    """Held-out questions whose answers are shown before and after."""
+    max_sample_tokens: int = option(96, minimum=1)
+    """Longest such answer."""
+    resume: bool = False
+    """Go on from the last checkpoint in the output folder."""
+    overwrite: bool = False
+    """Replace the run that the output folder holds."""
+
+    def __post_init__(self) -> None:
+        check_section(self, "train")
+        if self.max_steps == 0:
+            raise ConfigError("train.max_steps is 0; allowed: -1 (by epochs), or at least 1")
+        if self.bf16 and self.fp16:
+            raise ConfigError("train.bf16 and train.fp16 are both true; choose one")
+        if self.resume and self.overwrite:
+            raise ConfigError("train.resume and train.overwrite are both true; choose one")
