@@ -5,7 +5,19 @@ from __future__ import annotations
 from halfbyte.config.data import DataSection
 from halfbyte.config.lora import LoraSection
 from halfbyte.config.model import ModelSection, QuantSection
+from halfbyte.config.output import holds_run, last_checkpoint, resolve_output_dir
 from halfbyte.config.run import RunConfig
 from halfbyte.config.train import TrainSection
 
-__all__ = ["DataSection", "LoraSection", "ModelSection", "QuantSection", "RunConfig", "TrainSection"]
+
+__all__ = [
+    "DataSection",
+    "LoraSection",
+    "ModelSection",
+    "QuantSection",
+    "RunConfig",
+    "TrainSection",
+    "holds_run",
+    "last_checkpoint",
+    "resolve_output_dir",
+]

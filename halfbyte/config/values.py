@@ -8,7 +8,6 @@ asked for: they take `2e-4` for text, `no` for a bool and `1e5`, a legal commit 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import types
 import typing
@@ -27,7 +26,6 @@ class NotOfTypeError(Exception):
     """Text or a value that is not of the type in question; the caller knows which option to name."""
 
 
-@functools.cache
 def field_types(cls: Any) -> dict[str, Any]:
     """Return the type of each field of a dataclass, with forward references resolved."""
     hints = typing.get_type_hints(cls)
