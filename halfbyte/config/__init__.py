@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from halfbyte.config.data import DataSection
+from halfbyte.config.load import load_config, save_run_config, to_yaml
 from halfbyte.config.lora import LoraSection
 from halfbyte.config.model import ModelSection, QuantSection
 from halfbyte.config.output import holds_run, last_checkpoint, resolve_output_dir
 from halfbyte.config.run import RunConfig
 from halfbyte.config.train import TrainSection
-
 
 __all__ = [
     "DataSection",
@@ -19,5 +19,8 @@ __all__ = [
     "TrainSection",
     "holds_run",
     "last_checkpoint",
+    "load_config",
     "resolve_output_dir",
+    "save_run_config",
+    "to_yaml",
 ]

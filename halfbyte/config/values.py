@@ -49,7 +49,7 @@ def check_section(section: Any, name: str) -> None:
         bounds = field.metadata.get("bounds", {})
         try:
             checked = check_value(value, hint)
-            in_bounds = _within(checked, bounds)
+            in_bounds = check_bounds(checked, bounds)
         except NotOfTypeError:
             in_bounds = False
         if not in_bounds:
@@ -126,7 +126,8 @@ def allowed_values(hint: Any, bounds: Mapping[str, float] | None = None) -> str:
     return ", ".join([TYPE_WORDS.get(hint, getattr(hint, "__name__", str(hint))), *limits])
 
 
-def _within(value: Any, bounds: Mapping[str, float]) -> bool:
+def check_bounds(value: Any, bounds: Mapping[str, float]) -> bool:
+    """Say whether a number is within its bounds; what is no number always is."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return True
     above, below = bounds.get("above", -math.inf), bounds.get("below", math.inf)
