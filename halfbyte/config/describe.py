@@ -19,6 +19,8 @@ from halfbyte.config.run import RunConfig
 from halfbyte.config.values import allowed_values, field_types
 
 REQUIRED = dataclasses.MISSING
+# From this many letters on, a part of a name stands for it: epochs for num_train_epochs.
+SHORTEST_PART = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -68,12 +70,16 @@ def find_option(full_name: str) -> Option | None:
 
 def nearest_option(full_name: str) -> str | None:
     """Return the option that a misspelt or misplaced name was probably meant to be, or None."""
-    name = full_name.rpartition(".")[2]
-    same = [option.full_name for option in list_options() if name in (option.name, *option.aliases)]
-    if same:
-        return same[0]
-    by_full_name = {option.full_name: option.full_name for option in list_options()}
-    by_name = {word: option.full_name for option in list_options() for word in (option.name, *option.aliases)}
+    section, _, name = full_name.rpartition(".")
+    options = sorted(list_options(), key=lambda option: option.section != section)
+    for option in options:
+        if name in (option.name, *option.aliases):
+            return option.full_name
+    for option in options:
+        if len(name) >= SHORTEST_PART and name in option.name:
+            return option.full_name
+    by_full_name = {option.full_name: option.full_name for option in options}
+    by_name = {word: option.full_name for option in reversed(options) for word in (option.name, *option.aliases)}
     for wanted, known in ((full_name, by_full_name), (name, by_name)):
         close = difflib.get_close_matches(wanted, known, n=1, cutoff=0.6)
         if close:
