@@ -18,6 +18,8 @@ from tests.train.tiny import CONFIGS, VOCABULARY, build_tiny
 ROW_TOKENS = 24
 ROWS = [[7, 9, 8], [24], [12, 12]]
 BACKENDS = ["eager", "sdpa", "halfbyte"]
+# transformers drops the softcap of Gemma 2 under sdpa, or refuses.
+PAIRS = [(family, backend) for family in CONFIGS for backend in BACKENDS if (family, backend) != ("gemma2", "sdpa")]
 
 
 def packed_batch(rows: list[list[int]]) -> dict[str, torch.Tensor]:
@@ -50,14 +52,10 @@ def token_losses(model: PreTrainedModel, inputs: dict[str, torch.Tensor], labels
 
 def use_attention(model: PreTrainedModel, name: str) -> None:
     register_packed_attention()
-    try:
-        model.set_attn_implementation(name)
-    except ValueError:
-        pytest.skip(f"transformers has no {name} attention for {type(model).__name__}")
+    model.set_attn_implementation(name)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(("family", "backend"), PAIRS)
 def test_packed_attention_matches_one_by_one(family: str, backend: str) -> None:
     batch = packed_batch(ROWS)
     model = build_tiny(family)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -11,11 +12,12 @@ from transformers import (
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
 
-VOCABULARY = 96
+VOCABULARY = 104
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -35,7 +37,9 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**SIZES, use_sliding_window=False),
     "qwen3": Qwen3Config(**SIZES),
     "mistral": MistralConfig(**SIZES, sliding_window=5),
-    "gemma2": Gemma2Config(**SIZES, **LAYERS, query_pre_attn_scalar=16, final_logit_softcapping=5.0),
+    "gemma2": Gemma2Config(
+        **SIZES, **LAYERS, query_pre_attn_scalar=16, attn_logit_softcapping=2.0, final_logit_softcapping=5.0
+    ),
     "gemma3": Gemma3TextConfig(**SIZES, **LAYERS, query_pre_attn_scalar=16),
 }
 
@@ -51,3 +55,24 @@ def build_tiny(family: str, *, attention: str = "eager", seed: int = 0) -> PreTr
             if "proj" in name:
                 weight.mul_(6.0)
     return model
+
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token for each printable ASCII character, and a chat template."""
+    characters = [chr(code) for code in range(33, 127)] + ["\u0120", "\u010a"]
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(SPECIAL + characters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(SPECIAL)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
+    )
+    assert len(tokenizer) <= VOCABULARY
+    return tokenizer
