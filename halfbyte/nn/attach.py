@@ -1,0 +1,126 @@
+"""Give a model its adapters, say what that came to, and find them again."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+
+from torch import nn
+
+from halfbyte.errors import ConfigError
+from halfbyte.nn.convert import replace_module, workspace_of
+from halfbyte.nn.linear import Linear4bit
+from halfbyte.nn.lora import LoraLinear
+from halfbyte.nn.saved_module import SavedModule
+from halfbyte.nn.spec import LoraSpec
+from halfbyte.nn.targets import find_saved, find_targets
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterReport:
+    """What a model's adapters are; its text is for people."""
+
+    modules: dict[str, int]
+    """Rank of each adapter by the path of its layer."""
+    saved_modules: tuple[str, ...]
+    """Paths of the modules trained whole."""
+    trainable_parameters: int
+    total_parameters: int
+    """All elements of all weights, a 4-bit weight counted by its elements and not by its bytes."""
+
+    @property
+    def num_modules(self) -> int:
+        return len(self.modules)
+
+    def __str__(self) -> str:
+        names = collections.Counter((path.rpartition(".")[2], rank) for path, rank in self.modules.items())
+        ranks = set(self.modules.values())
+        parts = [
+            f"{name} x {count}" + (f" (rank {rank})" if len(ranks) > 1 else "") for (name, rank), count in names.items()
+        ]
+        rank_text = f" of rank {ranks.pop()}" if len(ranks) == 1 else ""
+        share = 100 * self.trainable_parameters / self.total_parameters
+        saved = f"; trained whole: {', '.join(self.saved_modules)}" if self.saved_modules else ""
+        return (
+            f"{self.num_modules} adapters{rank_text}: {', '.join(parts)}{saved}\n"
+            f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters are trained ({share:.2f}%)"
+        )
+
+
+def attach_adapters(model: nn.Module, spec: LoraSpec) -> AdapterReport:
+    """Freeze a model and put adapters that change nothing yet beside the layers that `spec` means.
+
+    Raises:
+        ConfigError: `spec` matches nothing, or something that cannot be adapted; the model is left as it was.
+    """
+    if any(isinstance(module, (LoraLinear, SavedModule)) for module in model.modules()):
+        raise ConfigError("the model has adapters already; load the base model anew to attach others")
+    targets, saved = find_targets(model, spec), find_saved(model, spec)
+    workspace = workspace_of(model)
+    model.requires_grad_(False)
+    for target in targets:
+        base = model.get_submodule(target.path)
+        assert isinstance(base, (Linear4bit, nn.Linear))
+        layer = LoraLinear.from_base(
+            base, rank=target.rank, alpha=target.alpha, rslora=spec.rslora, dropout=spec.dropout, workspace=workspace
+        )
+        if spec.seed is not None:
+            layer.reset_adapter(_seed_of(spec.seed, target.path))
+        replace_module(model, target.path, layer)
+    for path in saved:
+        replace_module(model, path, SavedModule.from_module(model.get_submodule(path)))
+    return report_adapters(model)
+
+
+def report_adapters(model: nn.Module) -> AdapterReport:
+    """Say what the adapters of a model are."""
+    trainable, total = count_parameters(model)
+    return AdapterReport(
+        modules={path: layer.rank for path, layer in iter_lora(model)},
+        saved_modules=tuple(path for path, _ in iter_saved(model)),
+        trainable_parameters=trainable,
+        total_parameters=total,
+    )
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return how many parameters are trained and how many there are, 4-bit weights counted by their elements."""
+    parameters = list(model.parameters())
+    quantized = sum(m.quantized.numel for m in model.modules() if isinstance(m, Linear4bit))
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters) + quantized
+
+
+def iter_lora(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+    """Yield path and module of each layer with an adapter."""
+    return ((path, module) for path, module in model.named_modules() if isinstance(module, LoraLinear))
+
+
+def iter_saved(model: nn.Module) -> Iterator[tuple[str, SavedModule]]:
+    """Yield path and wrapper of each module that is trained whole."""
+    return ((path, module) for path, module in model.named_modules() if isinstance(module, SavedModule))
+
+
+def iter_trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield name and parameter of everything that is trained."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+@contextlib.contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Make the model behave as its base inside the `with` block."""
+    wrappers = [m for m in model.modules() if isinstance(m, (LoraLinear, SavedModule))]
+    before = [wrapper.adapter_enabled for wrapper in wrappers]
+    for wrapper in wrappers:
+        wrapper.adapter_enabled = False
+    try:
+        yield
+    finally:
+        for wrapper, enabled in zip(wrappers, before, strict=True):
+            wrapper.adapter_enabled = enabled
+
+
+def _seed_of(seed: int, path: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{path}".encode()).digest()[:7], "little")

@@ -1,0 +1,80 @@
+"""A linear layer whose frozen weight is kept in 4 bits.
+
+    y = x W' + b        grad_x = grad_y W
+
+W is expanded into the workspace just before either product and never saved: what autograd keeps for the backward is
+the 4-bit record that the model owns anyway. The weight gets no gradient. A bias that asks for one gets it.
+
+Why a hand-written autograd.Function: torch's own would save the expanded weight for the backward, 16 bits a weight
+for as long as the graph lives, and the buffer could not be shared between layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from halfbyte.ops.dequantize_4bit import dequantize_4bit_reference
+from halfbyte.ops.expand_weight import expand_weight, resolve_compute_dtype
+from halfbyte.ops.workspace import Workspace
+from halfbyte.quant.tensor import QuantizedTensor
+
+# T tokens, D in_features, F out_features
+
+
+def linear_4bit(
+    x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None = None, *, workspace: Workspace
+) -> torch.Tensor:
+    """Multiply by a frozen 4-bit weight.
+
+    Args:
+        x: (..., in_features). Its dtype, or autocast's, is the compute dtype.
+        q: (out_features, in_features).
+        bias: (out_features,).
+        workspace: Scratch buffers of the model.
+
+    Returns:
+        (..., out_features) in the compute dtype.
+    """
+    dtype = resolve_compute_dtype(x)
+    x_TD = x.to(dtype).reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled() and (x_TD.requires_grad or (bias is not None and bias.requires_grad)):
+        with torch.autocast(x.device.type, enabled=False):
+            y_TF = _Linear4bit.apply(x_TD, bias, q, workspace)
+    else:
+        y_TF = _product(x_TD, bias, q, workspace)
+    return y_TF.view(*x.shape[:-1], y_TF.shape[-1])
+
+
+def linear_4bit_reference(x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiply by a frozen 4-bit weight, in plain torch."""
+    weight_FD = dequantize_4bit_reference(q, dtype=x.dtype)
+    return torch.nn.functional.linear(x, weight_FD, None if bias is None else bias.to(x.dtype))
+
+
+class _Linear4bit(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: torch.Tensor, bias: torch.Tensor | None, q: QuantizedTensor, workspace: Workspace
+    ) -> torch.Tensor:
+        ctx.q, ctx.workspace = q, workspace
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _product(x_TD, bias, q, workspace)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y_TF: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        grad_x_TD = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            weight_FD = expand_weight(ctx.q, dtype=grad_y_TF.dtype, workspace=ctx.workspace)
+            grad_x_TD = grad_y_TF @ weight_FD
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad_y_TF.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return grad_x_TD, grad_bias, None, None
+
+
+def _product(x_TD: torch.Tensor, bias: torch.Tensor | None, q: QuantizedTensor, workspace: Workspace) -> torch.Tensor:
+    weight_FD = expand_weight(q, dtype=x_TD.dtype, workspace=workspace)
+    return torch.nn.functional.linear(x_TD, weight_FD, None if bias is None else bias.to(x_TD.dtype))
