@@ -1,0 +1,56 @@
+"""Optimizer state in pinned host memory.
+
+A GPU addresses pinned host memory directly, so a kernel reads and writes the state over the link in the same launch
+that updates the parameters: no copies, no slots on the device, no second code path, and therefore the same bits as
+state on the device. Each byte crosses the link once each way; at 54 GB/s the 8-bit state of 40 M parameters takes
+about 1.5 ms a step, of 32-bit state four times that.
+
+Never managed ("unified") memory: its pages move by faults, and asking for more than the card has free can hang it.
+
+On a machine without a GPU the state is in host memory anyway, and a `PagedState` for the CPU holds plain tensors.
+
+Price: torch's pinned allocator rounds a request up to a power of two.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+class PagedState:
+    """Tensors in host memory which the kernels of one device read and write.
+
+    Args:
+        device: The device whose kernels use the state.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.nbytes = 0
+        """Bytes handed out so far."""
+
+    def full(self, *shape: int, value: float, dtype: torch.dtype) -> torch.Tensor:
+        """Return a new tensor in pinned memory, filled with `value`."""
+        tensor = torch.full(shape, value, dtype=dtype, pin_memory=self.device.type == "cuda")
+        self.nbytes += tensor.nbytes
+        return tensor
+
+    def fetch(self, part: torch.Tensor) -> torch.Tensor:
+        """Return a copy of a part of the state once the kernels that write it have finished."""
+        self._wait()
+        return part.clone()
+
+    def evict(self, part: torch.Tensor, values: torch.Tensor) -> None:
+        """Write to a part of the state once the kernels that read it have finished.
+
+        Args:
+            part: A view of a tensor from `full`.
+            values: Same shape and dtype, on any device.
+        """
+        self._wait()
+        part.copy_(values)
+
+    def _wait(self) -> None:
+        # Protects host access to pinned memory: a copy on the host does not wait for the device by itself.
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
