@@ -355,7 +355,7 @@ def test_resolve_output_dir_counts_up(in_folder: Path) -> None:
 def test_resolve_output_dir_refuses_a_folder_that_holds_a_run(in_folder: Path, name: str) -> None:
     Path("out").mkdir()
     (Path("out") / name).mkdir()
-    with refused("output_dir out already holds a run; continue it with --resume"):
+    with refused("out already holds a run; continue it with --resume"):
         resolve_output_dir(run_of("out"))
     assert resolve_output_dir(run_of("out", overwrite=True)).output_dir == "out"
 
@@ -363,9 +363,9 @@ def test_resolve_output_dir_refuses_a_folder_that_holds_a_run(in_folder: Path, n
 def test_resolve_output_dir_refuses_models_and_files(in_folder: Path) -> None:
     Path("model").mkdir()
     Path("model/config.json").write_text("{}")
-    with refused("output_dir model holds a model"):
+    with refused("model already holds a model"):
         resolve_output_dir(run_of("model", overwrite=True))
-    with refused("config.json is a file; name a folder"):
+    with refused("config.json is a file; name a folder to write to"):
         resolve_output_dir(run_of("model/config.json"))
 
 

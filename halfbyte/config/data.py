@@ -22,14 +22,14 @@ class DataSection:
     split: str = "train"
     """Split of a data set on the hub."""
     format: str | None = None
-    """How examples are laid out: messages, sharegpt, prompt_completion, alpaca, instruction_response,
-    question_answer, text. none: recognised by the columns, and said."""
+    """How examples are laid out: messages, sharegpt, alpaca, prompt_completion, instruction_response,
+    question_answer, text, ... none: recognised by the columns, and said."""
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
     """What the format's columns are called in this data: prompt=question,completion=reply."""
     system: str | None = None
     """System prompt for examples that have none."""
     chat_template: str | None = None
-    """Jinja template, or the path of one. none: the tokenizer's own."""
+    """Jinja template, the path of one, or a built-in one's name (chatml, headings). none: the tokenizer's own."""
     train_on: Literal["assistant", "all"] = "assistant"
     """Which tokens are learned: the assistant's, or all."""
     max_length: int = option(1024, minimum=2, aliases=("max_seq_length",))

@@ -6,7 +6,7 @@ import dataclasses
 import re
 
 from halfbyte.config.option import option
-from halfbyte.config.values import check_section
+from halfbyte.config.values import NONE_WORDS, check_section
 from halfbyte.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
@@ -26,8 +26,8 @@ class LoraSection:
     targets: str | tuple[str, ...] = option(ALL_LINEAR, aliases=("target_modules",))
     """Which layers get an adapter: all-linear (all but the output head), names (q_proj,v_proj), or a regular
     expression for the whole path."""
-    exclude: tuple[str, ...] = option((), aliases=("exclude_modules",))
-    """Names of layers that get none although they match."""
+    exclude: str | tuple[str, ...] = option((), aliases=("exclude_modules",))
+    """Names, or a regular expression, of layers that get none although they match."""
     rslora: bool = option(False, aliases=("use_rslora",))
     """Scale by alpha / sqrt(rank) instead."""
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -45,24 +45,31 @@ class LoraSection:
 
     def __post_init__(self) -> None:
         check_section(self, "lora")
-        if isinstance(self.targets, str) and self.targets != ALL_LINEAR:
-            object.__setattr__(self, "targets", _names_or_regex(self.targets))
+        for name in ("targets", "exclude"):
+            object.__setattr__(self, name, _names_or_regex(name, getattr(self, name)))
         if not self.targets:
             raise ConfigError("lora.targets is empty; allowed: all-linear, names, or a regular expression")
         for name in ("rank_pattern", "alpha_pattern"):
             for key, value in getattr(self, name).items():
                 if value <= 0:
                     raise ConfigError(f"lora.{name}[{key}] is {value}; allowed: above 0")
+        is_regex = isinstance(self.targets, str) and self.targets != ALL_LINEAR
+        if is_regex and self.layers_to_transform is not None:
+            raise ConfigError("lora.layers_to_transform needs lora.targets to be names; an expression can tell layers")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ConfigError("lora.layers_pattern is set but lora.layers_to_transform is not; set both or neither")
 
 
-def _names_or_regex(text: str) -> str | tuple[str, ...]:
-    """Read `q_proj,v_proj` as names; whatever holds a character that names do not is a regular expression."""
-    if PLAIN_NAMES.fullmatch(text):
-        return tuple(part.strip() for part in text.split(","))
+def _names_or_regex(option_name: str, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """Read `q_proj,v_proj` as names; text with a character that names do not have is a regular expression."""
+    if not isinstance(value, str) or value == ALL_LINEAR:
+        return value
+    if value.strip() in NONE_WORDS:
+        return ()
+    if PLAIN_NAMES.fullmatch(value):
+        return tuple(part.strip() for part in value.split(","))
     try:
-        re.compile(text)
+        re.compile(value)
     except re.error as error:
-        raise ConfigError(f"lora.targets is {text!r}, no regular expression: {error}") from None
-    return text
+        raise ConfigError(f"lora.{option_name} is {value!r}, no regular expression: {error}") from None
+    return value

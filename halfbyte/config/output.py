@@ -26,20 +26,40 @@ def resolve_output_dir(config: RunConfig) -> RunConfig:
     Raises:
         ConfigError: The folder holds a run, a model or is a file; or there is nothing to resume.
     """
-    folder = Path(config.output_dir) if config.output_dir else _default_folder(config)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output_dir {folder} is a file; name a folder")
-    if any((folder / name).exists() for name in MODEL_FILES):
-        raise ConfigError(f"output_dir {folder} holds a model; name another folder")
+    folder = refuse_model_folder(Path(config.output_dir) if config.output_dir else _default_folder(config))
     if config.train.resume:
         if last_checkpoint(folder) is None:
             raise ConfigError(f"train.resume: {folder} holds no checkpoint; leave --resume out to start a run there")
     elif holds_run(folder) and not config.train.overwrite:
         raise ConfigError(
-            f"output_dir {folder} already holds a run; continue it with --resume, replace it with --overwrite, "
+            f"{folder} already holds a run; continue it with --resume, replace it with --overwrite, "
             "or name another folder with --output"
         )
     return dataclasses.replace(config, output_dir=str(folder))
+
+
+def refuse_used_folder(folder: Path) -> Path:
+    """Return `folder` unless a model or a run lies there.
+
+    Raises:
+        ConfigError: One does, or it is a file.
+    """
+    if holds_run(refuse_model_folder(folder)):
+        raise ConfigError(f"{folder} holds a run; name another folder")
+    return folder
+
+
+def refuse_model_folder(folder: Path) -> Path:
+    """Return `folder` unless a model lies there.
+
+    Raises:
+        ConfigError: One does, or it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; name a folder to write to")
+    if any((folder / name).exists() for name in MODEL_FILES):
+        raise ConfigError(f"{folder} already holds a model; name another folder to write to")
+    return folder
 
 
 def holds_run(folder: Path) -> bool:
