@@ -7,8 +7,7 @@ layer of the model shares, and used at once. Nothing of it is kept: the backward
 expansion a step (about 2% of a product over 2048 tokens) and saves holding the whole model in 16 bits, which is the
 point of QLoRA (Dettmers et al., arXiv 2305.14314, section 3).
 
-The dtype of the product is the dtype of the input, or autocast's where that is on; a frozen weight that is stored in
-another dtype is cast into the same buffer.
+A plain weight that is stored in another dtype than the product's is cast into the same buffer.
 """
 
 from __future__ import annotations
@@ -41,10 +40,3 @@ def expand_weight(weight: FrozenWeight, *, dtype: torch.dtype, workspace: Worksp
         return buffer.copy_(weight.detach())
     buffer = workspace.take(WEIGHT_BUFFER, weight.shape, dtype=dtype, device=weight.device)
     return dequantize_4bit(weight, out=buffer)
-
-
-def resolve_compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """Return autocast's dtype where it is enabled for the device of `x`, else that of `x`."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype

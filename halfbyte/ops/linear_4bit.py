@@ -17,7 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from halfbyte.ops.dequantize_4bit import dequantize_4bit_reference
-from halfbyte.ops.expand_weight import expand_weight, resolve_compute_dtype
+from halfbyte.ops.expand_weight import expand_weight
 from halfbyte.ops.workspace import Workspace
 from halfbyte.quant.tensor import QuantizedTensor
 
@@ -38,11 +38,13 @@ def linear_4bit(
     Returns:
         (..., out_features) in the compute dtype.
     """
-    dtype = resolve_compute_dtype(x)
-    x_TD = x.to(dtype).reshape(-1, x.shape[-1])
-    if torch.is_grad_enabled() and (x_TD.requires_grad or (bias is not None and bias.requires_grad)):
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
-            y_TF = _Linear4bit.apply(x_TD, bias, q, workspace)
+            return linear_4bit(x.to(dtype), q, bias, workspace=workspace)
+    x_TD = x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        y_TF = _Linear4bit.apply(x_TD, bias, q, workspace)
     else:
         y_TF = _product(x_TD, bias, q, workspace)
     return y_TF.view(*x.shape[:-1], y_TF.shape[-1])

@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from halfbyte.ops.dequantize_4bit import dequantize_4bit_reference
 from halfbyte.ops.dropout import add_dropped_product_, apply_dropout, draw_dropout
-from halfbyte.ops.expand_weight import FrozenWeight, expand_weight, resolve_compute_dtype
+from halfbyte.ops.expand_weight import FrozenWeight, expand_weight
 from halfbyte.ops.workspace import Workspace
 from halfbyte.quant.tensor import QuantizedTensor
 
@@ -71,10 +71,17 @@ def lora_linear(
     Returns:
         (..., out_features) in the compute dtype.
     """
-    dtype = resolve_compute_dtype(x)
-    x_TD = x.to(dtype).reshape(-1, x.shape[-1])
-    with torch.autocast(x.device.type, enabled=False):
-        y_TF = _LoraLinear.apply(x_TD, lora_A, lora_B, bias, weight, options, workspace)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        with torch.autocast(x.device.type, enabled=False):
+            return lora_linear(x.to(dtype), weight, bias, lora_A, lora_B, options=options, workspace=workspace)
+    frozen = _Frozen(weight=weight, options=options, workspace=workspace)
+    x_TD = x.reshape(-1, x.shape[-1])
+    trained = (t for t in (x, lora_A, lora_B, bias) if t is not None and t.requires_grad)
+    if torch.is_grad_enabled() and any(True for _ in trained):
+        y_TF = _LoraLinear.apply(x_TD, lora_A, lora_B, bias, frozen)
+    else:
+        y_TF, _ = frozen.products(x_TD, lora_A, lora_B, bias, dropped=frozen.draw(x_TD))
     return y_TF.view(*x.shape[:-1], y_TF.shape[-1])
 
 
@@ -99,6 +106,48 @@ def lora_linear_reference(
     return y if bias is None else y + bias.to(x.dtype)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Frozen:
+    """What a call has beside the tensors that may get a gradient."""
+
+    weight: FrozenWeight
+    options: LoraOptions
+    workspace: Workspace
+
+    @property
+    def factor(self) -> float:
+        """s / (1 - p)."""
+        return self.options.scaling / (1 - self.options.dropout)
+
+    def expand(self, dtype: torch.dtype) -> torch.Tensor:
+        return expand_weight(self.weight, dtype=dtype, workspace=self.workspace)
+
+    def draw(self, x_TD: torch.Tensor) -> torch.Tensor | None:
+        return draw_dropout(x_TD, probability=self.options.dropout) if self.options.dropout else None
+
+    def drop(self, x_TD: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:
+        """Return the adapter's input, (1 - p) d, in a buffer to use at once."""
+        if dropped is None:
+            return x_TD
+        out_TD = self.workspace.take("dropped_input", tuple(x_TD.shape), dtype=x_TD.dtype, device=x_TD.device)
+        return apply_dropout(x_TD, dropped, out=out_TD)
+
+    def products(
+        self,
+        x_TD: torch.Tensor,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        dropped: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return y and (1 - p) u."""
+        dtype = x_TD.dtype
+        y_TF = torch.nn.functional.linear(x_TD, self.expand(dtype), None if bias is None else bias.to(dtype))
+        u_TR = self.drop(x_TD, dropped) @ lora_A.to(dtype).T
+        return y_TF.addmm_(u_TR, lora_B.to(dtype).T, alpha=self.factor), u_TR
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -107,47 +156,41 @@ class _LoraLinear(torch.autograd.Function):
         lora_A: torch.Tensor,
         lora_B: torch.Tensor,
         bias: torch.Tensor | None,
-        weight: FrozenWeight,
-        options: LoraOptions,
-        workspace: Workspace,
+        frozen: _Frozen,
     ) -> torch.Tensor:
-        dtype = x_TD.dtype
-        dropped = draw_dropout(x_TD, probability=options.dropout) if options.dropout else None
-        weight_FD = expand_weight(weight, dtype=dtype, workspace=workspace)
-        y_TF = torch.nn.functional.linear(x_TD, weight_FD, None if bias is None else bias.to(dtype))
-        u_TR = _dropped_input(x_TD, dropped, workspace) @ lora_A.to(dtype).T
-        y_TF.addmm_(u_TR, lora_B.to(dtype).T, alpha=options.scaling / (1 - options.dropout))
+        dropped = frozen.draw(x_TD)
+        y_TF, u_TR = frozen.products(x_TD, lora_A, lora_B, bias, dropped=dropped)
         ctx.save_for_backward(x_TD, lora_A, lora_B, u_TR, dropped)
-        ctx.weight, ctx.options, ctx.workspace = weight, options, workspace
+        ctx.frozen = frozen
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y_TF
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y_TF: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_y_TF: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TD, lora_A, lora_B, u_TR, dropped = ctx.saved_tensors
         need_x, need_A, need_B, need_bias = ctx.needs_input_grad[:4]
-        dtype, factor = x_TD.dtype, ctx.options.scaling / (1 - ctx.options.dropout)
+        frozen, dtype = ctx.frozen, x_TD.dtype
         grad_x = grad_A = grad_B = grad_bias = None
         if need_B:
-            grad_B = (grad_y_TF.T @ u_TR).float().mul_(factor)
+            grad_B = _product_in(lora_B.dtype, grad_y_TF.T, u_TR).mul_(frozen.factor)
         if need_A or need_x:
             grad_u_TR = grad_y_TF @ lora_B.to(dtype)
         if need_A:
-            grad_A = (grad_u_TR.T @ _dropped_input(x_TD, dropped, ctx.workspace)).float().mul_(factor)
+            grad_A = _product_in(lora_A.dtype, grad_u_TR.T, frozen.drop(x_TD, dropped)).mul_(frozen.factor)
         if need_x:
-            grad_x = grad_y_TF @ expand_weight(ctx.weight, dtype=dtype, workspace=ctx.workspace)
+            grad_x = grad_y_TF @ frozen.expand(dtype)
             if dropped is None:
-                grad_x.addmm_(grad_u_TR, lora_A.to(dtype), alpha=factor)
+                grad_x.addmm_(grad_u_TR, lora_A.to(dtype), alpha=frozen.factor)
             else:
-                add_dropped_product_(grad_x, grad_u_TR, lora_A.to(dtype), dropped=dropped, alpha=factor)
+                add_dropped_product_(grad_x, grad_u_TR, lora_A.to(dtype), dropped=dropped, alpha=frozen.factor)
         if need_bias:
             grad_bias = grad_y_TF.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_x, grad_A, grad_B, grad_bias, None, None, None
+        return grad_x, grad_A, grad_B, grad_bias, None
 
 
-def _dropped_input(x_TD: torch.Tensor, dropped: torch.Tensor | None, workspace: Workspace) -> torch.Tensor:
-    if dropped is None:
-        return x_TD
-    out_TD = workspace.take("dropped_input", tuple(x_TD.shape), dtype=x_TD.dtype, device=x_TD.device)
-    return apply_dropout(x_TD, dropped, out=out_TD)
+def _product_in(dtype: torch.dtype, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return left @ right in `dtype`: from the accumulators where the device allows, else rounded on the way."""
+    if left.is_cuda and dtype == torch.float32 != left.dtype:
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left, right).to(dtype)
