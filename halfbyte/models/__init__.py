@@ -1,0 +1,19 @@
+"""Models: where they come from, how they are loaded, and adapter files."""
+
+from halfbyte.models.describe import load_config, load_tokenizer
+from halfbyte.models.load import LoadedModel, load_model
+from halfbyte.models.report import LoadReport
+from halfbyte.models.source import ModelSource, resolve_source
+from halfbyte.models.weights import LazyTensor, iter_weights
+
+__all__ = [
+    "LazyTensor",
+    "LoadReport",
+    "LoadedModel",
+    "ModelSource",
+    "iter_weights",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "resolve_source",
+]

@@ -1,0 +1,179 @@
+"""GGUF tensors under the names, and in the row order, that transformers' models use.
+
+Names go through the gguf package's own map. Values differ in two ways from what transformers expects:
+
+* **Rows of q and k** in files of the `llama` architecture are reordered for interleaved rotary pairs: head by head,
+  row 2i + s of the file is row i + s * half of the model, s in {0, 1}. Qwen files keep transformers' order.
+* **Gemma's norm weights** are stored plus one.
+
+Only architectures for which a test proves equal logits with transformers' own reading are accepted.
+
+Llama 3.1 and later stretch their rotary frequencies. The file carries the quotients as a tensor, `rope_freqs`, and no
+parameters; we recognise the published parameters by computing the quotients from them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from halfbyte.errors import FormatError
+from halfbyte.models.gguf_file import GgufFile, GgufTensor
+
+ROPE_FACTORS = "rope_freqs.weight"
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_OUTER_MODULES = ("model.embed_tokens", "model.norm", "lm_head")
+_LAYER_MODULES = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "self_attn.q_norm",
+    "self_attn.k_norm",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class GgufFamily:
+    """How files of one architecture differ from transformers' model."""
+
+    interleaved_rotary: bool = False
+    norm_offset: float = 0.0
+
+
+FAMILIES = {
+    "llama": GgufFamily(interleaved_rotary=True),
+    "qwen2": GgufFamily(),
+    "qwen3": GgufFamily(),
+    "gemma2": GgufFamily(norm_offset=1.0),
+    "gemma3": GgufFamily(norm_offset=1.0),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class GgufWeight:
+    """One tensor of a GGUF file as transformers knows it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    """Of what `read` gives."""
+    storage_dtype: torch.dtype
+    """The narrowest dtype that holds it to the precision of the file."""
+    read: Callable[[], torch.Tensor]
+
+
+def iter_gguf_weights(file: GgufFile) -> Iterator[GgufWeight]:
+    """Yield the tensors of a file by transformers' names.
+
+    Raises:
+        FormatError: The architecture is not known to be read right, or a tensor is unknown.
+    """
+    family = check_architecture(file)
+    names = _names(file)
+    for tensor in file.tensors.values():
+        if tensor.name == ROPE_FACTORS:
+            continue
+        if tensor.name not in names:
+            raise FormatError(f"{file.path}: tensor {tensor.name} is unknown in the {_architecture(file)} architecture")
+        plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(tensor.type_name)
+        yield GgufWeight(
+            name=names[tensor.name],
+            shape=tensor.shape,
+            dtype=plain or torch.float32,
+            storage_dtype=plain or torch.float16,
+            read=_reader(file, tensor, family),
+        )
+
+
+def make_rope_parameters(file: GgufFile) -> dict[str, Any] | None:
+    """Return the rotary parameters behind a file's `rope_freqs`, or None where it has none.
+
+    Raises:
+        FormatError: The quotients are not those of Llama 3's way of stretching.
+    """
+    if ROPE_FACTORS not in file.tensors:
+        return None
+    factors = file.read(file.tensors[ROPE_FACTORS]).double()
+    theta = float(_field(file, "rope.freq_base"))
+    factor = float(factors.max())
+    expected = _llama3_factors(factors.numel(), theta, factor)
+    if not torch.allclose(factors, expected, rtol=1e-3):
+        raise FormatError(f"{file.path}: its {ROPE_FACTORS} are not Llama 3's; get the model as safetensors instead")
+    return {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **LLAMA3_ROPE}
+
+
+def check_architecture(file: GgufFile) -> GgufFamily:
+    architecture = _architecture(file)
+    if architecture not in FAMILIES:
+        raise FormatError(
+            f"{file.path}: GGUF files of the {architecture!r} architecture are not read; known: "
+            f"{', '.join(FAMILIES)}. Get the model as safetensors instead"
+        )
+    return FAMILIES[architecture]
+
+
+def _architecture(file: GgufFile) -> str:
+    return str(file.fields.get("general.architecture"))
+
+
+def _field(file: GgufFile, key: str) -> Any:
+    full_key = f"{_architecture(file)}.{key}"
+    if full_key not in file.fields:
+        raise FormatError(f"{file.path} lacks the field {full_key}")
+    return file.fields[full_key]
+
+
+def _names(file: GgufFile) -> dict[str, str]:
+    import gguf
+
+    architecture = _architecture(file)
+    number = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    num_layers = int(_field(file, "block_count"))
+    name_map = gguf.get_tensor_name_map(number, num_layers)
+    layer_paths = [f"model.layers.{layer}.{module}" for layer in range(num_layers) for module in _LAYER_MODULES]
+    names = {}
+    for path in (*_OUTER_MODULES, *layer_paths):
+        gguf_path = name_map.get_name(path)
+        if gguf_path is not None:
+            for suffix in (".weight", ".bias"):
+                names[gguf_path + suffix] = path + suffix
+    return names
+
+
+def _reader(file: GgufFile, tensor: GgufTensor, family: GgufFamily) -> Callable[[], torch.Tensor]:
+    if family.interleaved_rotary and (".attn_q." in tensor.name or ".attn_k." in tensor.name):
+        num_heads = int(_field(file, "attention.head_count"))
+        if ".attn_k." in tensor.name:
+            num_heads = int(file.fields.get(f"{_architecture(file)}.attention.head_count_kv") or num_heads)
+        return lambda: _restore_halves(file.read(tensor), num_heads)
+    if family.norm_offset and tensor.name.endswith("norm.weight"):
+        return lambda: file.read(tensor) - family.norm_offset
+    return lambda: file.read(tensor)
+
+
+def _restore_halves(interleaved: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Undo the reordering of rows: (head, pair, which of the pair) to (head, which, pair)."""
+    half = interleaved.shape[0] // num_heads // 2
+    pairs = interleaved.reshape(num_heads, half, 2, *interleaved.shape[1:])
+    return pairs.transpose(1, 2).reshape(interleaved.shape)
+
+
+def _llama3_factors(num_frequencies: int, theta: float, factor: float) -> torch.Tensor:
+    """Return what Llama 3 divides each rotary frequency by: 1 for short waves, `factor` for long ones, or a blend."""
+    exponents = torch.arange(num_frequencies, dtype=torch.float64) / num_frequencies
+    wavelengths = 2 * math.pi * theta**exponents
+    low, high = LLAMA3_ROPE["low_freq_factor"], LLAMA3_ROPE["high_freq_factor"]
+    smooth = (LLAMA3_ROPE["original_max_position_embeddings"] / wavelengths - low) / (high - low)
+    return 1 / ((1 - smooth.clamp(0, 1)) / factor + smooth.clamp(0, 1))
