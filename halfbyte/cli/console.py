@@ -1,0 +1,43 @@
+"""Where the command line writes: results to stdout, progress to stderr, and other libraries' chatter nowhere."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+CHATTY_LIBRARIES = r"(transformers|torch|accelerate|huggingface_hub|tensorboard|google|datasets)\b"
+
+
+def quiet_libraries() -> None:
+    """Keep libraries from writing hints for programmers between the lines meant for the person.
+
+    Called when a command starts, never at import. Errors still come through, and an environment variable that the
+    person has set wins.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    warnings.filterwarnings("ignore", module=CHATTY_LIBRARIES)
+
+
+def progress_console() -> Console:
+    """Return the console for progress: on stderr, so that results can be piped."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def result_console() -> Console:
+    """Return the console for results: on stdout, coloured only on a terminal, lines never broken."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """Return text with control characters written out, so that none of a person's data commands the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

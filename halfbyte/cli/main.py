@@ -1,0 +1,90 @@
+"""The entry point: find the command, run it, and turn what goes wrong into one line.
+
+Exit codes: 0 done, 1 a failure of ours (with its traceback), 2 a mistake the person can mend, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from halfbyte.cli.arguments import make_parser, nearest_word, parse_words
+from halfbyte.cli.console import quiet_libraries
+from halfbyte.errors import ConfigError, HalfbyteError
+
+COMMANDS = {
+    "train": "fine-tune a model on examples",
+    "data": "show what the model will see of the examples",
+    "chat": "talk to a tuned model",
+    "generate": "answer prompts with a tuned model",
+    "eval": "measure a tuned model on held-out examples, with and without its adapter",
+    "merge": "put the adapter into the base: one plain model",
+    "quantize": "write a model as a 4-bit checkpoint",
+    "schema": "print the JSON schema of run.yaml, for editors",
+}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        words: The command line without the program's name; default: that of the process.
+
+    Returns:
+        The exit code.
+    """
+    quiet_libraries()
+    try:
+        return run_command(list(sys.argv[1:] if words is None else words))
+    except HalfbyteError as error:
+        print(f"halfbyte: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("halfbyte: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has left (`| head`); the interpreter would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def run_command(words: list[str]) -> int:
+    """Choose the command by the first word and import its module only."""
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if words[0] == "--version":
+        from halfbyte import __version__
+
+        print(f"halfbyte {__version__}")
+        return 0
+    name = words[0]
+    if name not in COMMANDS:
+        nearest = nearest_word(name, COMMANDS)
+        hint = f"did you mean {nearest}?" if nearest else f"there are {', '.join(COMMANDS)}"
+        raise ConfigError(f"unknown command {name}; {hint}")
+    command = importlib.import_module(f"halfbyte.cli.{name}")
+    parser = make_parser(name, COMMANDS[name], command.SECTIONS)
+    command.add_arguments(parser)
+    if {"-h", "--help"} & set(words[1:]):
+        print(parser.format_help())
+        return 0
+    return command.run(parse_words(parser, words[1:]))
+
+
+def overview() -> str:
+    """Return the help of the program: its commands, a line each."""
+    lines = [f"  {name:<10} {summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: halfbyte COMMAND ...",
+            "",
+            "Fine-tune large language models with QLoRA.",
+            "",
+            *lines,
+            "",
+            "halfbyte COMMAND --help lists the options of a command, halfbyte --version the version.",
+        ]
+    )

@@ -1,0 +1,48 @@
+"""halfbyte merge: base and adapter in, one plain transformers model out."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from halfbyte.cli.arguments import CommandParser
+from halfbyte.cli.console import progress_console
+from halfbyte.cli.tuned import find_tuned, quant_spec
+from halfbyte.config.output import refuse_used_folder
+from halfbyte.errors import ConfigError
+
+SECTIONS = ("model", "quant")
+EXPLANATION = """
+onto original     the base's own 16-bit weights. The adapter was trained on their 4-bit form, so the result differs a
+                  little from what was trained.
+onto dequantized  the 4-bit form written out in 16 bits, which is what the adapter was trained on.
+
+halfbyte eval MERGED HELD_OUT measures which is better for yours.
+"""
+
+
+def add_arguments(parser: CommandParser) -> None:
+    parser.add_argument("tuned", metavar="OUT", help="folder of a run or of a PEFT adapter")
+    parser.add_argument("output", metavar="MERGED", help="folder to write; it may not hold a model already")
+    parser.add_argument("--onto", choices=("original", "dequantized"), default="original", help="default: original")
+    parser.add_argument(
+        "--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="of the weights written"
+    )
+    parser.epilog = EXPLANATION
+
+
+def run(args: argparse.Namespace) -> int:
+    source = find_tuned(args.tuned, args.overrides)
+    if source.adapter is None:
+        raise ConfigError(f"{args.tuned} is a model without an adapter; there is nothing to merge")
+    output = refuse_used_folder(Path(args.output))
+    console = progress_console()
+
+    from halfbyte.export import merge_adapter
+
+    report = merge_adapter(
+        source.model.path, source.adapter, output, onto=args.onto, dtype=args.dtype, spec=quant_spec(source.quant)
+    )
+    console.print(report, markup=False)
+    console.print(f"wrote {output}", style="bold", markup=False)
+    return 0

@@ -1,0 +1,136 @@
+"""What a person means by OUT: the folder of a run, a PEFT adapter, or a plain model; found, then loaded.
+
+A run says in run.yaml how its base was held, and chat, generate and eval hold it the same way. An adapter made
+elsewhere names its base in adapter_config.json. A folder without an adapter is a model of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.config import DataSection, ModelSection, QuantSection
+from halfbyte.config.load import make_section, parse_overrides, read_yaml
+from halfbyte.errors import ConfigError, FormatError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from halfbyte.quant import QuantSpec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TunedSource:
+    """A base model and the adapter for it."""
+
+    model: ModelSection
+    quant: QuantSection
+    data: DataSection
+    """How its examples were read; `train` is empty where no run tells."""
+    adapter: Path | None
+    tokenizer: Path | None
+    """Folder of a tokenizer that came with the adapter; None for the base's own."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TunedModel:
+    """The same, loaded."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    has_adapter: bool
+
+
+def find_tuned(name: str, overrides: Mapping[str, str]) -> TunedSource:
+    """Return what `name` is: a run, an adapter or a model.
+
+    Args:
+        name: Folder of a run or an adapter; or folder, file or hub id of a model.
+        overrides: Options from the command line, which win over the run's own.
+
+    Raises:
+        ConfigError: An adapter that names no base, or a folder that holds neither adapter nor model.
+    """
+    folder = Path(name)
+    has_adapter = (folder / "adapter_config.json").exists()
+    values: dict[str, Any] = {"data.train": ""}
+    if (folder / "run.yaml").exists():
+        if not has_adapter:
+            raise ConfigError(f"{folder} holds a run that has not left an adapter; end it with halfbyte train --resume")
+        values |= read_yaml(folder / "run.yaml")
+    elif has_adapter:
+        values["model.path"] = _base_of_adapter(folder / "adapter_config.json")
+    else:
+        if folder.is_dir() and not (folder / "config.json").exists():
+            raise ConfigError(f"{folder} holds no run, adapter or model")
+        values |= {"model.path": name, "quant.enabled": False}
+    values |= parse_overrides(overrides)
+    has_tokenizer = has_adapter and (folder / "tokenizer_config.json").exists()
+    return TunedSource(
+        model=make_section("model", values),
+        quant=make_section("quant", values),
+        data=make_section("data", values),
+        adapter=folder if has_adapter else None,
+        tokenizer=folder if has_tokenizer else None,
+    )
+
+
+def load_tuned(source: TunedSource, *, console: Console) -> TunedModel:
+    """Load base, adapter and tokenizer, telling `console` what was found."""
+    from halfbyte.device import keep_freed_memory
+    from halfbyte.models import load_adapter, load_model
+
+    options = source.model
+    with console.status(f"loading {options.path}"):
+        loaded = load_model(
+            options.path,
+            quant=quant_spec(source.quant),
+            compute_dtype=options.dtype,
+            device=options.device,
+            allow_16bit_experts=options.allow_16bit_experts,
+            attn_implementation=options.attention,
+            revision=options.revision,
+        )
+    console.print(loaded.report, markup=False)
+    if source.adapter is not None:
+        console.print(load_adapter(loaded.model, source.adapter), markup=False)
+    if loaded.report.device.type == "cpu":
+        keep_freed_memory()
+    return TunedModel(
+        model=loaded.model,
+        tokenizer=loaded.tokenizer if source.tokenizer is None else find_tokenizer(str(source.tokenizer)),
+        has_adapter=source.adapter is not None,
+    )
+
+
+def find_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model, or one that lies in a folder without a model, as a run leaves it."""
+    from halfbyte.models import ModelSource, load_tokenizer, resolve_source
+
+    folder = Path(name)
+    if (folder / "tokenizer_config.json").exists():
+        return load_tokenizer(ModelSource(kind="safetensors", name=name, folder=folder, weight_files=()))
+    return load_tokenizer(resolve_source(name, revision))
+
+
+def quant_spec(options: QuantSection) -> QuantSpec | None:
+    """Return how to quantise, or None where the options say not to."""
+    from halfbyte.quant import QuantSpec
+
+    if not options.enabled:
+        return None
+    return QuantSpec(codebook=options.codebook, block_size=options.block_size, double_quant=options.double_quant)
+
+
+def _base_of_adapter(path: Path) -> str:
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise FormatError(f"{path} is no adapter configuration: {error}") from None
+    if not base:
+        raise ConfigError(f"{path} names no base model; name it with --model.path=MODEL")
+    return str(base)

@@ -1,0 +1,103 @@
+"""The entry point: commands, help, exit codes, and one line for what goes wrong."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import halfbyte as package
+from halfbyte.cli.main import COMMANDS, main
+from tests.cli.conftest import Outcome
+
+Run = Callable[..., Outcome]
+REPOSITORY = Path(__file__).parent.parent.parent
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
+def test_main_lists_the_commands(halfbyte: Run, words: list[str]) -> None:
+    done = halfbyte(*words)
+    assert (done.code, done.err) == (0, "")
+    for name, summary in COMMANDS.items():
+        assert f"  {name:<10} {summary}\n" in done.out
+
+
+def test_main_tells_its_version(halfbyte: Run) -> None:
+    assert halfbyte("--version") == Outcome(0, f"halfbyte {package.__version__}\n", "")
+    assert f'version = "{package.__version__}"' in (REPOSITORY / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_main_helps_with_every_command(halfbyte: Run, name: str) -> None:
+    done = halfbyte(name, "--help")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith(f"usage: halfbyte {name}")
+    assert importlib.import_module(f"halfbyte.cli.{name}").run is not None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "unknown command trian; did you mean train?"),
+        (["zzz"], "unknown command zzz; there are train, data, chat"),
+        (["--verbose"], "unknown command --verbose; there are train"),
+        (["train"], "the following arguments are required: MODEL|RUN.yaml; see halfbyte train --help"),
+        (["train", "m"], "data.train is not set"),
+        (["train", "m", "d", "--lora.rnk=3"], "unknown option --lora.rnk; did you mean --lora.rank?"),
+        (["train", "m", "d", "--lora.rank=x"], "lora.rank is 'x'; allowed: a whole number, at least 1"),
+        (["train", "m", "d", "--output=a", "--output_dir=b"], "output_dir is given twice"),
+        (["train", "absent.yaml"], "absent.yaml: no such file"),
+        (["train", "m", "d", "--resume", "--overwrite"], "train.resume and train.overwrite are both true; choose one"),
+        (["merge", "out", "merged", "--onto=nothing"], "argument --onto: invalid choice: 'nothing'"),
+        (["quantize", "m", "out", "--quant.codebook=nf5"], "quant.codebook is 'nf5'; allowed: nf4, fp4"),
+        (["quantize", "m", "out", "--quant.enabled=no"], "quant.enabled is false"),
+        (["eval", "out", "d", "--batch-size=0"], "argument --batch-size: '0' is no whole number of at least 1"),
+        (["data", "d", "--model=m", "--show=x"], "argument --show: 'x' is no whole number of at least 0"),
+        (["quantize", "m", "out", "--lora.rank=3"], "halfbyte quantize takes no --lora.rank"),
+    ],
+)
+def test_main_answers_a_mistake_with_one_line(
+    halfbyte: Run, words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = halfbyte(*words)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("halfbyte: error: ")
+    assert message in done.err
+    assert done.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_main_prints_the_schema(halfbyte: Run) -> None:
+    done = halfbyte("schema")
+    assert (done.code, done.err) == (0, "")
+    assert done.out == (REPOSITORY / "schema" / "run.schema.json").read_text()
+
+
+def test_main_stops_at_an_interrupt_with_one_line(halfbyte: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        def isatty(self) -> bool:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdin", Interrupted())
+    done = halfbyte("generate", "any/model")
+    assert (done.code, done.out, done.err) == (130, "", "halfbyte: interrupted\n")
+
+
+def test_main_is_python_m_halfbyte_and_survives_a_closed_pipe() -> None:
+    command = f"{sys.executable} -m halfbyte train --help | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert done.stdout == "usage: halfbyte train MODEL DATA [options]\n"
+    assert done.stderr == ""
+
+
+def test_main_reads_the_command_line_of_the_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["halfbyte", "--version"])
+    assert main() == 0
+    assert capsys.readouterr().out == f"halfbyte {package.__version__}\n"
