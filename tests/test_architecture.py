@@ -29,7 +29,7 @@ ALLOWED = {
     "datasets": {"data", "hf"},
     "gguf": {"models", "export"},
     "bitsandbytes": set(),
-    "peft": set(),
+    "peft": {"hf"},
     "trl": set(),
 }
 # Layers, or files, whose import must not cost a library.
@@ -37,6 +37,7 @@ LAZY = {
     "torch": {"", "config", "device", "errors", "cli"},
     "transformers": {"", "config", "device", "errors", "cli"},
     "triton": set(RANKS) | {""},
+    "peft": set(RANKS) | {""},
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_COMMAND_LINES = 400, 60, 120
 

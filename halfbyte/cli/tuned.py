@@ -57,18 +57,19 @@ def find_tuned(name: str, overrides: Mapping[str, str]) -> TunedSource:
     """
     folder = Path(name)
     has_adapter = (folder / "adapter_config.json").exists()
+    given = parse_overrides(overrides)
     values: dict[str, Any] = {"data.train": ""}
     if (folder / "run.yaml").exists():
         if not has_adapter:
             raise ConfigError(f"{folder} holds a run that has not left an adapter; end it with halfbyte train --resume")
         values |= read_yaml(folder / "run.yaml")
     elif has_adapter:
-        values["model.path"] = _base_of_adapter(folder / "adapter_config.json")
+        values["model.path"] = given.get("model.path") or _base_of_adapter(folder / "adapter_config.json")
     else:
         if folder.is_dir() and not (folder / "config.json").exists():
             raise ConfigError(f"{folder} holds no run, adapter or model")
         values |= {"model.path": name, "quant.enabled": False}
-    values |= parse_overrides(overrides)
+    values |= given
     has_tokenizer = has_adapter and (folder / "tokenizer_config.json").exists()
     return TunedSource(
         model=make_section("model", values),
