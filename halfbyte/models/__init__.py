@@ -1,5 +1,7 @@
 """Models: where they come from, how they are loaded, and adapter files."""
 
+from halfbyte.models.adapter_config import read_adapter_config, spec_from_adapter_config
+from halfbyte.models.adapter_files import load_adapter, save_adapter
 from halfbyte.models.describe import load_config, load_tokenizer
 from halfbyte.models.load import LoadedModel, load_model
 from halfbyte.models.report import LoadReport
@@ -12,8 +14,12 @@ __all__ = [
     "LoadedModel",
     "ModelSource",
     "iter_weights",
+    "load_adapter",
     "load_config",
     "load_model",
     "load_tokenizer",
+    "read_adapter_config",
     "resolve_source",
+    "save_adapter",
+    "spec_from_adapter_config",
 ]
