@@ -22,6 +22,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.errors import ConfigError
+from halfbyte.models.modes import eval_mode
+from halfbyte.models.packed_inputs import compute_dtype_of
 from halfbyte.nn import expanded_for_inference
 
 Message = dict[str, Any]
@@ -171,18 +173,11 @@ def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 @contextlib.contextmanager
 def inference_state(model: PreTrainedModel) -> Iterator[None]:
     """Put the model into eval mode without gradients, and back into exactly the state it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    on_cpu = _device(model).type == "cpu"
+    expanded = expanded_for_inference(model, dtype=compute_dtype_of(model)) if on_cpu else contextlib.nullcontext()
     # no_grad, not inference_mode: scratch buffers that grow in here are written again in training.
-    try:
-        with contextlib.ExitStack() as stack:
-            if _device(model).type == "cpu":
-                stack.enter_context(expanded_for_inference(model))
-            stack.enter_context(torch.no_grad())
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with eval_mode(model), torch.no_grad(), expanded:
+        yield
 
 
 def _device(model: PreTrainedModel) -> torch.device:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.errors import ConfigError
 from halfbyte.models.attention import PACKED_ATTENTION, DocumentLayout
+from halfbyte.models.modes import eval_mode
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 PROBE_LENGTHS = (6, 7)
@@ -71,21 +72,14 @@ def prove_isolation(model: PreTrainedModel) -> None:
     boundaries = torch.tensor([0, first, first + second], dtype=torch.int32, device=device)
     other = ids.clone()
     other[:, :first] = (ids[:, :first] * 7 + 5).remainder(vocabulary)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            outs = [
-                read_hidden_states(
-                    model, {"input_ids": probe, "position_ids": positions, "cu_seq_lens": boundaries}
-                ).float()[:, first:]
-                for probe in (ids, other)
-            ]
-    finally:
-        model.train(was_training)
+    outs = []
+    with eval_mode(model), torch.no_grad():
+        for probe in (ids, other):
+            batch = {"input_ids": probe, "position_ids": positions, "cu_seq_lens": boundaries}
+            outs.append(read_hidden_states(model, batch).float()[:, first:])
     change = (outs[0] - outs[1]).abs().max().item()
     # Kernels that order their sums by the whole batch may differ in the last bits; a leak is far larger.
-    limit = 8 * torch.finfo(embedding.dtype).eps * outs[0].abs().max().item()
+    limit = 8 * torch.finfo(compute_dtype_of(model)).eps * outs[0].abs().max().item()
     if not change <= limit:
         raise ConfigError(
             f"{type(model).__name__} with attention {model.config._attn_implementation!r} lets packed examples see "
@@ -96,6 +90,13 @@ def prove_isolation(model: PreTrainedModel) -> None:
 def read_hidden_states(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor:
     """Return the decoder's last hidden states (rows, tokens, width), without the output head."""
     return model.base_model(**build_forward_inputs(model, batch)).last_hidden_state
+
+
+def compute_dtype_of(model: PreTrainedModel) -> torch.dtype:
+    """Return the dtype of the model's activations: what its embedding gives, which may be wider than what it holds."""
+    embedding = model.get_input_embeddings()
+    dtype = getattr(embedding, "compute_dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else _embedding_weight(model).dtype
 
 
 def _embedding_weight(model: PreTrainedModel) -> torch.Tensor:
@@ -115,7 +116,7 @@ def _build_masks(
             f"{type(model).__name__} has layers of type {', '.join(sorted(kinds - {FULL, SLIDING}))}, for which no "
             f"mask of attention {implementation!r} keeps packed examples apart; set data.packing=false"
         )
-    dtype = _embedding_weight(model).dtype
+    dtype = compute_dtype_of(model)
     masks = {}
     for kind in kinds:
         seen = _SeenKeys(batch, window=window if kind == SLIDING else None)

@@ -1,0 +1,101 @@
+"""Whether to keep activations for the backward or to compute them again.
+
+Keeping is faster by the forward pass that recomputing costs (28% of a step's arithmetic) and takes memory that no
+formula for all architectures knows. So it is measured: a forward of a few tokens counts the bytes that autograd keeps,
+which grow in proportion to tokens, and the micro-batch at hand decides.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from halfbyte.data.packing import IGNORE_INDEX
+from halfbyte.device import describe_machine
+from halfbyte.train.loss import LossPath
+
+PROBE_TOKENS = 64
+# Gradients and temporaries live beside what is kept, and another program may want memory too.
+TEMPORARY_SHARE = 1.3
+USABLE_SHARE = 0.8
+
+
+def choose_checkpointing(
+    model: PreTrainedModel, loss_path: LossPath, *, wanted: bool | Literal["auto"], num_tokens: int
+) -> tuple[bool, str]:
+    """Say whether activations are computed again in the backward, and why.
+
+    Args:
+        model: In the form in which it is trained.
+        loss_path: How its loss is computed.
+        wanted: True or False decides; "auto" measures.
+        num_tokens: Tokens of the largest micro-batch.
+    """
+    if wanted != "auto":
+        return wanted, f"gradient checkpointing: {'on' if wanted else 'off'}, as set"
+    device = next(model.parameters()).device
+    needed = measure_kept_bytes(model, loss_path) / PROBE_TOKENS * num_tokens * TEMPORARY_SHARE
+    usable = free_bytes(device) * USABLE_SHARE
+    on = needed > usable
+    return on, (
+        f"gradient checkpointing: {'on' if on else 'off'}; keeping all activations of {num_tokens} tokens takes about "
+        f"{needed / 2**30:.1f} GiB, {usable / 2**30:.1f} GiB are free for it"
+    )
+
+
+def measure_kept_bytes(model: PreTrainedModel, loss_path: LossPath) -> int:
+    """Return the bytes that autograd keeps of a forward of PROBE_TOKENS tokens, the model's own tensors left out."""
+    device = next(model.parameters()).device
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = torch.arange(PROBE_TOKENS, device=device).remainder(vocabulary)[None]
+    labels = ids.roll(-1)
+    labels[:, -1] = IGNORE_INDEX
+    devices = [device] if device.type == "cuda" else []
+    was_training = model.training
+    model.train()
+    # Dropout draws random numbers; the run is to begin with those of its seed.
+    with torch.random.fork_rng(devices), torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept):
+        loss: Any = loss_path({"input_ids": ids, "labels": labels})
+    # The graph holds what was counted until here: an address freed early would be counted once for two tensors.
+    del loss
+    model.train(was_training)
+    return sum(kept.values())
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that a process can still take on the device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    host = _free_by_kernel()
+    limit = _free_by_control_group()
+    known = [bytes_ for bytes_ in (host, limit) if bytes_ is not None]
+    # A system that does not say what is free says at least what there is.
+    return min(known) if known else (describe_machine().host_bytes or 2**33) // 2
+
+
+def _free_by_kernel() -> int | None:
+    path = Path("/proc/meminfo")
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", path.read_text(), re.MULTILINE) if path.exists() else None
+    return int(found[1]) * 1024 if found else None
+
+
+def _free_by_control_group() -> int | None:
+    """Return what a container's limit leaves, None where there is no limit."""
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if not limit.exists() or not used.exists() or limit.read_text().strip() == "max":
+        return None
+    return max(int(limit.read_text()) - int(used.read_text()), 0)

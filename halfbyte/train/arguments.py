@@ -1,0 +1,156 @@
+"""transformers' TrainingArguments, with the names of older releases, held to what this package honours.
+
+Recipes outlive the names in them. `warmup_ratio`, `group_by_length`, `evaluation_strategy` and others are gone from
+transformers, `gradient_checkpointing` is on its way to `activation_checkpointing`; all of them are accepted here and
+translated to what the installed release has. An option that would be ignored is an error that says so.
+
+bf16 and fp16 say what the model computes in, which is the model's own business here: no autocast wraps the forward,
+and bf16=True needs no GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import TrainingArguments
+
+from halfbyte.errors import ConfigError
+
+NAMES = frozenset(field.name for field in dataclasses.fields(TrainingArguments))
+RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "xpu_backend": "ddp_backend",
+    "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
+}
+# Old options that only say what is the case here, with the value they may have.
+ALREADY_SO: dict[str, object] = {
+    "save_safetensors": True,
+    "include_tokens_per_second": True,
+    "dispatch_batches": None,
+    "split_batches": None,
+    "half_precision_backend": "auto",
+    "fp16_backend": "auto",
+}
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
+
+# Options of transformers that this loop does not honour, with what they must be and the way out.
+_UNUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "deepspeed": (lambda value: not value, "one process trains; sharding is not built in"),
+    "fsdp": (lambda value: not value, "one process trains; sharding is not built in"),
+    "torch_compile": (lambda value: not value, "the loop calls the layers of the model itself"),
+    "use_liger_kernel": (lambda value: not value, "the loss is chunked already"),
+    "auto_find_batch_size": (lambda value: not value, "set per_device_train_batch_size"),
+    "push_to_hub": (lambda value: not value, "upload the output folder when training is done"),
+    "label_smoothing_factor": (lambda value: value == 0, "the loss is plain cross-entropy"),
+    "optim_args": (lambda value: not value, "the optimizers here have no such options"),
+    "optim_target_modules": (lambda value: not value, "the optimizers here have no such options"),
+    "bf16_full_eval": (lambda value: not value, "evaluation computes in what training computes in"),
+    "fp16_full_eval": (lambda value: not value, "evaluation computes in what training computes in"),
+    "enable_jit_checkpoint": (lambda value: not value, "use save_steps"),
+    "save_only_model": (lambda value: not value, "checkpoints always hold what resuming needs"),
+    "ignore_data_skip": (lambda value: not value, "a resumed run goes on at the batch where it stopped"),
+}
+
+
+class HalfbyteArguments(TrainingArguments):
+    """TrainingArguments that take old names too; `checkpointing` and `logging_dir` are added.
+
+    Args:
+        output_dir: Where the run is written.
+        **options: Any option of TrainingArguments, by its name now or before. gradient_checkpointing may be "auto".
+
+    Raises:
+        ConfigError: An option is unknown, or is one that cannot be honoured.
+    """
+
+    def __init__(self, output_dir: str | None = None, **options: Any) -> None:
+        options = translate_names(options)
+        name = CHECKPOINTING[0] if CHECKPOINTING[0] in NAMES else CHECKPOINTING[1]
+        self.checkpointing = options.pop(name, None) or False
+        options.pop("gradient_checkpointing", None)
+        self.logging_dir: str | None = options.pop("logging_dir", None)
+        self.overwrite_output_dir: bool = options.pop("overwrite_output_dir", False)
+        default_loggers = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+        options.setdefault("report_to", default_loggers)
+        super().__init__(output_dir=output_dir, **options)
+
+    def __post_init__(self) -> None:
+        wanted = {"bf16": self.bf16, "fp16": self.fp16}
+        if all(wanted.values()):
+            raise ConfigError("bf16 and fp16 are both true; choose one")
+        self.bf16 = self.fp16 = False
+        super().__post_init__()
+        self.bf16, self.fp16 = wanted["bf16"], wanted["fp16"]
+        # accelerate would wrap the forward in autocast for anything but "no".
+        self.mixed_precision = "no"
+        self.logging_nan_inf_filter = False
+        self.logging_first_step = True
+        self.remove_unused_columns = False
+        # One process, one device: several visible GPUs would otherwise mean torch's DataParallel.
+        self._n_gpu = min(self.n_gpu, 1)
+        for name, (fits, why) in _UNUSED.items():
+            value = getattr(self, name, None)
+            if not fits(value):
+                raise ConfigError(f"{name}={value!r} cannot be honoured: {why}; leave it out")
+        if self.world_size > 1:
+            raise ConfigError(f"{self.world_size} processes were started, but one process trains; start one")
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Say, under the names that the installed Trainer reads, whether activations are computed again."""
+        for name in CHECKPOINTING:
+            if name in NAMES:
+                setattr(self, name, on)
+                # The embedding is frozen, so the first block's input has no gradient, which only this kind stands.
+                kwargs = getattr(self, f"{name}_kwargs") or {}
+                setattr(self, f"{name}_kwargs", {**kwargs, "use_reentrant": False})
+
+
+def translate_names(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options under the names of the installed transformers.
+
+    Raises:
+        ConfigError: There is no such option, or two names for one are given with different values.
+    """
+    out: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in ALREADY_SO and name not in NAMES:
+            if value not in (ALREADY_SO[name], None):
+                raise ConfigError(f"{name}={value!r} cannot be honoured; only {ALREADY_SO[name]!r} is possible")
+            continue
+        for new, new_value in _translated(name, value).items():
+            if new in out and out[new] != new_value:
+                raise ConfigError(f"{name}={value!r} contradicts {new}={out[new]!r}; give one of them")
+            out[new] = new_value
+    if "warmup_ratio" in out:
+        ratio = out.pop("warmup_ratio")
+        if ratio and out.get("warmup_steps"):
+            raise ConfigError(f"warmup_ratio={ratio} and warmup_steps={out['warmup_steps']} are both set; give one")
+        # Below 1, warmup_steps is a share of all steps.
+        out.setdefault("warmup_steps", ratio or 0)
+    unknown = [name for name in out if name not in NAMES and name not in ("logging_dir", "overwrite_output_dir")]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], [*NAMES, *RENAMED], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"there is no training argument {unknown[0]}{hint}")
+    return out
+
+
+def _translated(name: str, value: Any) -> dict[str, Any]:
+    if name == "group_by_length" and name not in NAMES:
+        return {"train_sampling_strategy": "group_by_length"} if value else {}
+    for ending in ("", "_kwargs"):
+        names = [stem + ending for stem in CHECKPOINTING]
+        if name in names:
+            # None stands for "not given" in both names.
+            return {} if value is None else {next(n for n in names if n in NAMES): value}
+    if name not in NAMES and name in RENAMED:
+        return {RENAMED[name]: value}
+    return {name: value}

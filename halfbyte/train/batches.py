@@ -1,0 +1,171 @@
+"""Batches of tensors for the loop: which examples each holds, in which order, and what the loop wants to know of them.
+
+The order is a pure function of seed and epoch (`halfbyte.data`), so the place in the data is a number: a resumed run
+skips so many batches and goes on. Beside its tensors a batch carries what only the host needs: `origins` of its
+examples, `num_tokens` without padding, `num_trained`, and the `document_layout` of a packed one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
+
+from halfbyte.data.collate import collate_packed, collate_padded
+from halfbyte.data.examples import TokenizedExample
+from halfbyte.data.packing import IGNORE_INDEX, PackedDataset, PackedRow
+from halfbyte.data.sampler import LengthGroupedSampler, ShuffledSampler
+from halfbyte.models.attention import DocumentLayout
+
+Batch = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BatchOptions:
+    """How examples become batches."""
+
+    pad_id: int
+    row_tokens: int | None = None
+    """Tokens of a packed row; None pads each batch to its longest example instead."""
+    group_by_length: bool = False
+    """Pad examples of like length together."""
+    is_shuffled: bool = True
+
+
+class EpochBatches(BatchSampler):
+    """torch's batches of indices, told the epoch."""
+
+    def __init__(self, sampler: Sampler[int], batch_size: int, drop_last: bool, source: Any) -> None:
+        super().__init__(sampler, batch_size, drop_last)
+        self.source = source
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch's order; transformers calls this also where it skips batches of a resumed epoch."""
+        if hasattr(self.source, "set_epoch"):
+            self.source.set_epoch(epoch)
+
+
+class EpochLoader(DataLoader[Any]):
+    """A loader of batches that is told the epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch's order."""
+        assert isinstance(self.batch_sampler, EpochBatches)
+        self.batch_sampler.set_epoch(epoch)
+
+
+def build_loader(
+    examples: Sequence[TokenizedExample], options: BatchOptions, *, batch_size: int, seed: int, **loader_options: Any
+) -> EpochLoader:
+    """Return a loader of collated batches.
+
+    Args:
+        examples: What to train on.
+        options: How they become batches.
+        batch_size: Packed rows, or padded examples, of a batch.
+        seed: Decides the order, with the epoch.
+        **loader_options: For torch's DataLoader; drop_last for the last batch where it is not full.
+    """
+    sampler: Sampler[int]
+    dataset: Dataset[Any]
+    source: PackedDataset | Sampler[int]
+    if options.row_tokens is not None:
+        dataset = source = PackedDataset(
+            examples,
+            row_tokens=options.row_tokens,
+            pad_id=options.pad_id,
+            seed=seed,
+            is_shuffled=options.is_shuffled,
+        )
+        sampler = SequentialSampler(dataset)
+    else:
+        dataset = _Examples(examples)
+        sampler = source = _padded_sampler(examples, options, batch_size=batch_size, seed=seed)
+    batches = EpochBatches(sampler, batch_size, loader_options.pop("drop_last", False), source)
+    # A generator of its own: torch's loaders otherwise draw from the global one, which dropout needs undisturbed.
+    generator = torch.Generator().manual_seed(seed)
+    collate = _Collate(options.pad_id)
+    return EpochLoader(dataset, batch_sampler=batches, collate_fn=collate, generator=generator, **loader_options)
+
+
+def iter_batches(examples: Sequence[TokenizedExample], options: BatchOptions, *, batch_size: int) -> Iterator[Batch]:
+    """Yield batches for evaluation: every example once, in a fixed order, nothing drawn at random."""
+    fixed = dataclasses.replace(options, is_shuffled=False, group_by_length=False)
+    if fixed.row_tokens is None:
+        examples = sorted(examples, key=len)
+    loader = build_loader(examples, fixed, batch_size=batch_size, seed=0)
+    for indices in loader.batch_sampler or ():
+        yield loader.collate_fn([loader.dataset[index] for index in indices])
+
+
+def pad_id_of(tokenizer: Any) -> int:
+    """Return the token to fill rows with: the pad token, or any other, since what is filled is never a target."""
+    ids = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None), 0)
+    return int(next(token for token in ids if token is not None))
+
+
+def move_batch(batch: Mapping[str, Any], device: torch.device) -> Batch:
+    """Return the batch with its tensors on `device`; from pinned memory without waiting."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }
+
+
+def fingerprint_examples(examples: Sequence[TokenizedExample]) -> str:
+    """Return a short hash of tokens and masks in order: equal for equal training data."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(len(example).to_bytes(4, "little"))
+        digest.update(example.input_ids.tobytes())
+        digest.update(example.loss_mask.tobytes())
+    return digest.hexdigest()[:16]
+
+
+class _Examples(Dataset[TokenizedExample]):
+    def __init__(self, examples: Sequence[TokenizedExample]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> TokenizedExample:
+        return self.examples[index]
+
+
+class _Collate:
+    """Rows or examples to a batch, with what the host wants to know."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, items: Sequence[PackedRow] | Sequence[TokenizedExample]) -> Batch:
+        batch: Batch
+        if isinstance(items[0], PackedRow):
+            rows = [row for row in items if isinstance(row, PackedRow)]
+            batch = collate_packed(rows)
+            batch["document_layout"] = DocumentLayout.from_boundaries(batch["cu_seq_lens"].tolist())
+            batch["origins"] = [origin for row in rows for origin in row.origins]
+            # Padding, where a row has any, is its last document and has no origin.
+            batch["num_tokens"] = sum(sum(row.lengths[: len(row.origins)]) for row in rows)
+        else:
+            examples = [example for example in items if isinstance(example, TokenizedExample)]
+            batch = collate_padded(examples, self.pad_id)
+            batch["origins"] = [example.origin for example in examples]
+            batch["num_tokens"] = sum(map(len, examples))
+        batch["num_trained"] = int((batch["labels"] != IGNORE_INDEX).sum())
+        return batch
+
+
+def _padded_sampler(
+    examples: Sequence[TokenizedExample], options: BatchOptions, *, batch_size: int, seed: int
+) -> Sampler[int]:
+    if options.group_by_length:
+        return LengthGroupedSampler([len(example) for example in examples], batch_size=batch_size, seed=seed)
+    if options.is_shuffled:
+        return ShuffledSampler(len(examples), seed=seed)
+    return SequentialSampler(examples)

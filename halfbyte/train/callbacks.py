@@ -1,0 +1,126 @@
+"""What happens at steps: when to log, and what the person sees meanwhile."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class FlowCallback(TrainerCallback):
+    """Logs the first step and the last whatever logging_steps is, and at each checkpoint.
+
+    A checkpoint closes the window that a logged loss is the mean of: a resumed run then logs the very same numbers.
+    """
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if state.global_step == 1 or state.global_step >= state.max_steps or control.should_save:
+            control.should_log = True
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if control.should_save:
+            control.should_log = True
+        return control
+
+
+class ProgressLine(TrainerCallback):
+    """A bar on a terminal, plain lines elsewhere: loss, speed, memory, learning rate, time left."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress: Progress | None = None
+        self._started = time.perf_counter()
+        self._first_step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._started, self._first_step = time.perf_counter(), state.global_step
+        if not self.console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self.console,
+        )
+        self._task = self._progress.add_task("train", total=state.max_steps, completed=state.global_step, figures="")
+        self._progress.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        figures = (
+            f"loss {logs['loss']:.4f}  {logs['tokens_per_second']:,.0f} tokens/s "
+            f"({logs['trained_tokens_per_second']:,.0f} trained)  {logs['memory_gib']:.1f} GiB  "
+            f"lr {logs['learning_rate']:.2e}"
+        )
+        if self._progress is not None:
+            self._progress.update(self._task, figures=figures)
+        else:
+            self._say(f"step {state.global_step}/{state.max_steps}  {figures}  {self._time_left(state)} left")
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if metrics and "eval_loss" in metrics:
+            self._say(
+                f"step {state.global_step}/{state.max_steps}  held-out loss {metrics['eval_loss']:.4f}, "
+                f"perplexity {metrics['eval_perplexity']:.2f}"
+            )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._say(f"step {state.global_step}/{state.max_steps}  saved checkpoint-{state.global_step}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar away; a run that ends early must not leave it turning."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _time_left(self, state: TrainerState) -> str:
+        done = state.global_step - self._first_step
+        seconds = (time.perf_counter() - self._started) / max(done, 1) * (state.max_steps - state.global_step)
+        return format_seconds(seconds)
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration as 0:42, 12:05 or 3:07:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,332 @@
+"""The training loop: transformers.Trainer with our loss, optimizer, data order, guard and checkpoints.
+
+transformers gives the loop, its arguments, schedulers, callbacks and loggers. Ours are:
+
+- the loss, over hidden states in chunks, divided by the trained tokens of the whole accumulated batch;
+- the optimizer, and a guard before it that clips, scales and stops without waiting for the device;
+- the order of the data, a function of seed and epoch; accelerate touches neither batches nor model;
+- evaluation without logits, that leaves no trace in the training around it;
+- checkpoints of what is trained, written whole or not at all, from which a run goes on bit for bit.
+
+Nothing waits for the device in a micro-batch, and a step waits only for the one before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+
+from halfbyte.data.examples import TokenizedExample
+from halfbyte.errors import ConfigError
+from halfbyte.models.adapter_files import save_adapter
+from halfbyte.models.packed_inputs import compute_dtype_of, prove_isolation
+from halfbyte.nn import LoraSpec, iter_trainable
+from halfbyte.nn.attach import count_parameters
+from halfbyte.optim import build_optimizer
+from halfbyte.train import checkpoint as files
+from halfbyte.train.activations import choose_checkpointing
+from halfbyte.train.arguments import HalfbyteArguments
+from halfbyte.train.batches import (
+    BatchOptions,
+    build_loader,
+    fingerprint_examples,
+    iter_batches,
+    move_batch,
+    pad_id_of,
+)
+from halfbyte.train.callbacks import FlowCallback
+from halfbyte.train.checks import check_model, honour_precision_, infer_spec, refuse_ignored
+from halfbyte.train.evaluate import HeldOut, evaluate_loss
+from halfbyte.train.guard import DivergedError, LossScaler, StepGuard
+from halfbyte.train.loss import LossPath
+from halfbyte.train.meter import Meter
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerOptions:
+    """What this trainer asks for beyond transformers' arguments."""
+
+    row_tokens: int | None = None
+    """Pack examples into rows of this many tokens; None pads each batch to its longest."""
+    base_model: str | None = None
+    """Name or folder of the base model, written into the adapter's files; None takes the model's own."""
+    lora: LoraSpec | None = None
+    """How the adapters were attached, written likewise; None reads it off the model."""
+
+
+class HalfbyteTrainer(Trainer):
+    """Trains the adapters of a model.
+
+    Args:
+        model: A causal language model with something to train.
+        args: HalfbyteArguments, or transformers' own.
+        train_dataset: Tokenised examples.
+        eval_dataset: Held-out ones.
+        processing_class: The tokenizer, saved beside the adapter.
+        callbacks: Beside transformers' own.
+        options: See TrainerOptions.
+        **others: Further arguments of transformers.Trainer; those that would be ignored are refused.
+
+    Raises:
+        ConfigError: Something cannot be honoured.
+    """
+
+    loss_is_scaled_for_ga = True
+    model: Any
+    args: Any
+    train_dataset: Any
+    eval_dataset: Any
+    optimizer: Any
+    lr_scheduler: Any
+    state: Any
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: HalfbyteArguments,
+        *,
+        train_dataset: Sequence[TokenizedExample] | None = None,
+        eval_dataset: Sequence[TokenizedExample] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        options: TrainerOptions = TrainerOptions(),
+        **others: Any,
+    ) -> None:
+        refuse_ignored(others)
+        check_model(model, args)
+        note = honour_precision_(model, args)
+        self.options = options
+        self.base_model = options.base_model or model.config._name_or_path
+        self.lora = options.lora or infer_spec(model)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[FlowCallback(), *callbacks],
+            **others,
+        )
+        self.notes = [] if note is None else [note]
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        # Read by transformers 5.17, which has no loss_is_scaled_for_ga.
+        self.model_accepts_loss_kwargs = True
+        self.model_device = next(model.parameters()).device
+        self.meter = Meter(self.model_device)
+        self.held_out: HeldOut | None = None
+        self.loss_path = LossPath(model)
+        self.notes.append(self.loss_path.note)
+        if options.row_tokens is not None:
+            prove_isolation(model)
+        self.guard: StepGuard | None = None
+        self.scaler = LossScaler(self.model_device) if compute_dtype_of(model) == torch.float16 else None
+        self._trainable_count, self._total_count = count_parameters(model)
+
+    # Data
+
+    def batch_options(self) -> BatchOptions:
+        """Return how examples become batches in this run."""
+        strategy = self.args.train_sampling_strategy
+        return BatchOptions(
+            pad_id=pad_id_of(self.processing_class),
+            row_tokens=self.options.row_tokens,
+            group_by_length=strategy == "group_by_length",
+            is_shuffled=strategy != "sequential",
+        )
+
+    def get_train_dataloader(self) -> Any:
+        if self.train_dataset is None:
+            raise ConfigError("the trainer was given no train_dataset")
+        return build_loader(
+            self.train_dataset,
+            self.batch_options(),
+            batch_size=self.args.per_device_train_batch_size,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            drop_last=self.args.dataloader_drop_last,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.model_device.type == "cuda",
+        )
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> int:
+        return max(sum(batch["num_trained"] for batch in batch_samples), 1)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Leave the model where it was loaded."""
+
+    def _largest_batch_tokens(self) -> int:
+        longest = self.options.row_tokens or max((len(example) for example in self.train_dataset or ()), default=1)
+        return longest * self.args.per_device_train_batch_size
+
+    # One step
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            parameters = [parameter for _, parameter in iter_trainable(self.model)]
+            decayed = [p for p in parameters if p.dim() >= 2]
+            others = [p for p in parameters if p.dim() < 2]
+            groups = [{"params": decayed}, *([{"params": others, "weight_decay": 0.0}] if others else [])]
+            self.optimizer = build_optimizer(
+                str(getattr(self.args.optim, "value", self.args.optim)),
+                groups,
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+                weight_decay=self.args.weight_decay,
+            )
+        self.guard = StepGuard(self.optimizer, max_norm=self.args.max_grad_norm, scaler=self.scaler)
+        return self.optimizer
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        assert self.guard is not None
+        if not model.training:
+            model.train()
+        self.meter.count(inputs)
+        batch = move_batch(inputs, self.model_device)
+        loss = self.loss_path(batch, num_items=num_items_in_batch)
+        self.guard.see_loss(loss, batch["origins"], step=self.state.global_step + 1)
+        self.guard.scaled(loss).backward()
+        return loss.detach()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> torch.Tensor:
+        if return_outputs:
+            raise ConfigError("compute_loss gives no outputs: logits are never whole; call the model for them")
+        return self.loss_path(move_batch(inputs, self.model_device), num_items=num_items_in_batch)
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        assert self.guard is not None
+        return self.guard.close_step(self.state.global_step + 1)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
+        return self._clip_grad_norm(model) if grad_norm is None else grad_norm
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Count two operations a weight and token forward, two for the input's gradient, two for adapters' own."""
+        return inputs["input_ids"].numel() * (4 * self._total_count + 2 * self._trainable_count)
+
+    # The run
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
+        """Train, and leave adapter and tokenizer in the output folder."""
+        on, note = choose_checkpointing(
+            self.model, self.loss_path, wanted=self.args.checkpointing, num_tokens=self._largest_batch_tokens()
+        )
+        self.args.set_checkpointing(on)
+        self.notes.append(note)
+        try:
+            result = super().train(resume_from_checkpoint, *args, **options)
+            assert self.guard is not None
+            self.guard.finish()
+            self.meter.stop()
+        except DivergedError as error:
+            self.save_model()
+            raise DivergedError(f"{error}. The adapter as it was before is kept in {self.args.output_dir}") from error
+        self.save_model()
+        return result
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self.meter.read()
+        super().log(logs, start_time)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Measure the held-out loss, and tell the loggers."""
+        examples = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not examples:
+            raise ConfigError("evaluation needs held-out examples; give eval_dataset")
+        started = time.perf_counter()
+        with self.meter.paused():
+            batches = iter_batches(examples, self.batch_options(), batch_size=self.args.per_device_eval_batch_size)
+            self.held_out = evaluate_loss(self.model, batches, loss_path=self.loss_path)
+        metrics = {
+            f"{metric_key_prefix}_loss": self.held_out.loss,
+            f"{metric_key_prefix}_perplexity": self.held_out.perplexity,
+            f"{metric_key_prefix}_tokens": self.held_out.num_tokens,
+            f"{metric_key_prefix}_runtime": time.perf_counter() - started,
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        raise ConfigError("predict() would hold all logits; use evaluate(), or halfbyte.models.generate")
+
+    # Files
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write adapter and tokenizer."""
+        folder = Path(output_dir or self.args.output_dir)
+        save_adapter(self.model, folder, base_model=self.base_model, spec=self.lora)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = Path(self.args.output_dir)
+        folder = run_dir / f"checkpoint-{self.state.global_step}"
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{self.state.best_global_step}")
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+        with self.meter.paused(), files.write_folder(folder) as temporary:
+            self.save_model(str(temporary))
+            torch.save(self.optimizer.state_dict(), temporary / files.OPTIMIZER_FILE)
+            torch.save(self.lr_scheduler.state_dict(), temporary / files.SCHEDULER_FILE)
+            torch.save(files.read_random_state(self.model_device), temporary / files.RANDOM_FILE)
+            if self.scaler is not None:
+                torch.save(self.scaler.state_dict(), temporary / files.SCALER_FILE)
+            (temporary / files.RUN_STATE_FILE).write_text(json.dumps(self._run_state(), indent=1))
+            self.state.save_to_json(str(temporary / "trainer_state.json"))
+        files.remove_old_checkpoints(run_dir, keep=self.args.save_total_limit, best=self.state.best_model_checkpoint)
+
+    def _run_state(self) -> dict[str, Any]:
+        """Return what must be the same for a run to be continued."""
+        return {
+            "data": fingerprint_examples(self.train_dataset),
+            "row_tokens": self.options.row_tokens,
+            "per_device_train_batch_size": self.args.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            "seed": self.args.seed,
+            "optim": str(getattr(self.args.optim, "value", self.args.optim)),
+        }
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        files.check_run_state(Path(resume_from_checkpoint), self._run_state())
+        files.restore_adapter_(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        files.restore_adapter_(self.model, Path(self.state.best_model_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(files.load_tensors(Path(checkpoint) / files.OPTIMIZER_FILE))
+            self.lr_scheduler.load_state_dict(files.load_tensors(Path(checkpoint) / files.SCHEDULER_FILE))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.scaler is not None:
+            self.scaler.load_state_dict(files.load_tensors(Path(checkpoint) / files.SCALER_FILE))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state = files.load_tensors(Path(checkpoint) / files.RANDOM_FILE)
+            files.restore_random_state(state, self.model_device)
