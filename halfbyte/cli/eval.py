@@ -13,7 +13,7 @@ from halfbyte.cli.tuned import TunedModel, find_tuned, load_tuned
 if TYPE_CHECKING:
     from halfbyte.config import DataSection
     from halfbyte.data import PreparedData
-    from halfbyte.train import HeldOut
+    from halfbyte.train.evaluate import HeldOut
 
 SECTIONS = ("model", "quant", "data")
 EXPLANATION = """
@@ -71,7 +71,8 @@ def read_examples(held_out: str, options: DataSection, tuned: TunedModel) -> Pre
 
 def measure(tuned: TunedModel, prepared: PreparedData, options: DataSection, batch_size: int) -> HeldOut:
     """Return the held-out loss of the model as it stands."""
-    from halfbyte.train import BatchOptions, evaluate_loss, iter_batches, pad_id_of
+    from halfbyte.train.batches import BatchOptions, iter_batches, pad_id_of
+    from halfbyte.train.evaluate import evaluate_loss
 
     batch_options = BatchOptions(
         pad_id=pad_id_of(tuned.tokenizer), row_tokens=options.max_length if options.packing else None
