@@ -134,7 +134,8 @@ class Encoder:
             return ()
         for anchor in _ANCHORS:
             anchor_ids, ids = self._ids(anchor), self._ids(anchor + piece)
-            if ids[: len(anchor_ids)] == anchor_ids:
+            is_split = ids[: len(anchor_ids)] == anchor_ids
+            if is_split and (len(ids) > len(anchor_ids) or not piece.strip()):
                 return ids[len(anchor_ids) :]
         raise DataError(
             f"the tokenizer cannot split {piece[:40]!r} from the text before it. Start the answer with a word, or end "

@@ -143,7 +143,7 @@ def _make_role(name: Any, *, layout: TurnLayout, where: str) -> str:
     role = layout.role_names.get(name.strip().lower()) if isinstance(name, str) else None
     if role is not None:
         return role
-    close = get_close_matches(str(name).lower(), layout.role_names, n=1)
+    close = get_close_matches(str(name).lower(), layout.role_names, n=1, cutoff=0.7)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise DataError(
         f"{where}: unknown role {name!r}.{hint} Known: {', '.join(layout.role_names)}. For other names say who is who, "
