@@ -73,7 +73,9 @@ def chunked_cross_entropy(
     logits = _Logits(chunk_tokens=chunk_tokens, softcap=softcap, scale=logit_scale)
     trained = _trained_tokens(labels_T)
     with torch.autocast(hidden_TD.device.type, enabled=False):
-        total = _ChunkedCrossEntropy.apply(hidden_TD, head_weight_VD, head_bias, labels_T[trained], trained, logits)
+        total = _ChunkedCrossEntropy.apply(
+            hidden_TD, head_weight_VD, head_bias, labels_T, trained, logits, torch.is_grad_enabled()
+        )
     if num_items is None:
         num_items = max(trained.numel(), 1)
     return total / num_items
@@ -98,8 +100,8 @@ def chunked_token_losses(
     losses_T = torch.zeros(labels_T.shape, dtype=torch.float32, device=labels_T.device)
     with torch.no_grad(), torch.autocast(hidden_TD.device.type, enabled=False):
         head = _Head(head_weight_VD, head_bias, hidden_TD.dtype, logits)
-        for tokens in head.chunks(trained):
-            losses_T[tokens] = head.losses(hidden_TD[tokens], labels_T[tokens])
+        for tokens in head.split(trained):
+            losses_T[tokens] = head.run(hidden_TD[tokens], labels_T[tokens]).losses_C.float()
     return losses_T
 
 
@@ -129,23 +131,32 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_TD: torch.Tensor,
         head_weight_VD: torch.Tensor,
         head_bias: torch.Tensor | None,
-        labels: torch.Tensor,
+        labels_T: torch.Tensor,
         trained: torch.Tensor,
         logits: _Logits,
+        is_grad_enabled: bool,
     ) -> torch.Tensor:
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        # needs_input_grad tells what the inputs want, under no_grad too.
+        need_hidden, need_weight, need_bias = (need and is_grad_enabled for need in ctx.needs_input_grad[:3])
         head = _Head(head_weight_VD, head_bias, hidden_TD.dtype, logits)
-        total = hidden_TD.new_zeros((), dtype=torch.float32)
-        hidden = hidden_TD if trained.numel() == hidden_TD.shape[0] else hidden_TD[trained]
+        if need_weight:
+            head.grad_weight = torch.zeros_like(head.weight_VD, dtype=head.sum_dtype)
+        if need_bias and head.bias is not None:
+            head.grad_bias = torch.zeros_like(head.bias)
+        all_trained = trained.numel() == labels_T.numel()
+        hidden, labels = (t if all_trained else t[trained] for t in (hidden_TD, labels_T))
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        head.want_gradients(weight=need_weight, bias=need_bias)
+        total = torch.zeros((), dtype=head.sum_dtype, device=hidden.device)
         start = 0
-        for tokens in head.chunks(trained):
+        for tokens in head.split(trained):
             rows = slice(start, start + tokens.numel())
             start = rows.stop
-            total += head.losses(hidden[rows], labels[rows]).sum()
+            chunk = head.run(hidden[rows], labels[rows])
+            total += chunk.losses_C.sum()
             if need_hidden or need_weight or need_bias:
-                head.differentiate(hidden[rows], labels[rows], None if grad_hidden is None else grad_hidden[rows])
+                head.differentiate(
+                    chunk, hidden[rows], labels[rows], out=None if grad_hidden is None else grad_hidden[rows]
+                )
         ctx.save_for_backward(trained, grad_hidden, head.grad_weight, head.grad_bias)
         ctx.hidden_shape = hidden_TD.shape
         return total
@@ -160,79 +171,83 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_hidden = grad_hidden.new_zeros(ctx.hidden_shape).index_copy_(0, trained, grad_hidden)
         grad_weight = None if grad_weight is None else grad_weight * grad_total
         grad_bias = None if grad_bias is None else grad_bias * grad_total
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Chunk:
+    """A chunk of logits after softmax's exponential, in the buffers of its head."""
+
+    numerators_CV: torch.Tensor
+    sum_C1: torch.Tensor
+    slope_CV: torch.Tensor | None
+    """Derivative of the softcap."""
+    product_CV: torch.Tensor
+    """Buffer in the compute dtype; the same as the numerators where that is fp32."""
+    losses_C: torch.Tensor
 
 
 class _Head:
-    """The head of one call: its weight in the compute dtype, and buffers for one chunk of logits."""
+    """The head of one call: its weight in the compute dtype, buffers for one chunk, and sums of its gradients."""
 
     def __init__(self, weight_VD: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, logits: _Logits) -> None:
+        self.sum_dtype = torch.promote_types(dtype, torch.float32)
         self.weight_VD = weight_VD.detach().to(dtype)
-        self.bias = None if bias is None else bias.detach().float()
+        self.bias = None if bias is None else bias.detach().to(self.sum_dtype)
         self.logits = logits
-        self.num_words = weight_VD.shape[0]
-        self.chunk_tokens = self._choose_chunk_tokens()
         self.grad_weight: torch.Tensor | None = None
         self.grad_bias: torch.Tensor | None = None
         self._buffers: dict[str, torch.Tensor] = {}
 
-    def chunks(self, trained: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def split(self, trained: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the trained tokens in chunks of nearly equal size."""
-        num_chunks = -(-trained.numel() // self.chunk_tokens)
+        num_chunks = -(-trained.numel() // self._choose_chunk_tokens())
         return trained.tensor_split(num_chunks) if num_chunks else ()
 
-    def want_gradients(self, *, weight: bool, bias: bool) -> None:
-        """Prepare the fp32 sums of the gradients of weight and bias."""
-        if weight:
-            self.grad_weight = torch.zeros_like(self.weight_VD, dtype=torch.float32)
-        if bias and self.bias is not None:
-            self.grad_bias = torch.zeros_like(self.bias)
-
-    def losses(self, hidden_CD: torch.Tensor, labels_C: torch.Tensor) -> torch.Tensor:
-        """Return the losses of a chunk; leave softmax's numerators in the buffer of logits."""
-        num_tokens = hidden_CD.shape[0]
+    def run(self, hidden_CD: torch.Tensor, labels_C: torch.Tensor) -> _Chunk:
+        """Compute the losses of a chunk; the result is valid until the next call."""
+        num_tokens, softcap, scale = hidden_CD.shape[0], self.logits.softcap, self.logits.scale
         product_CV = self._take("product", num_tokens, self.weight_VD.dtype)
         torch.mm(hidden_CD, self.weight_VD.T, out=product_CV)
-        z_CV = self._take("logits", num_tokens, torch.float32) if product_CV.dtype != torch.float32 else product_CV
-        if z_CV is not product_CV:
-            z_CV.copy_(product_CV)
+        z_CV, slope_CV = product_CV, None
+        if z_CV.dtype != self.sum_dtype:
+            z_CV = self._take("logits", num_tokens, self.sum_dtype).copy_(product_CV)
         if self.bias is not None:
             z_CV.add_(self.bias)
-        if self.logits.softcap is not None:
-            z_CV.mul_(self.logits.scale / self.logits.softcap).tanh_()
-            torch.mul(z_CV, z_CV, out=self._take("slope", num_tokens, torch.float32)).neg_().add_(1)
-            z_CV.mul_(self.logits.softcap)
-        elif self.logits.scale != 1:
-            z_CV.mul_(self.logits.scale)
+        if softcap is not None:
+            z_CV.mul_(scale / softcap).tanh_()
+            slope_CV = torch.mul(z_CV, z_CV, out=self._take("slope", num_tokens, self.sum_dtype)).neg_().add_(1)
+            z_CV.mul_(softcap)
+        elif scale != 1:
+            z_CV.mul_(scale)
         largest_C1 = z_CV.amax(dim=1, keepdim=True)
         label_C1 = z_CV.gather(1, labels_C[:, None])
-        self._sum_C1 = z_CV.sub_(largest_C1).exp_().sum(dim=1, keepdim=True)
-        return (self._sum_C1.log() + (largest_C1 - label_C1)).squeeze(1)
+        sum_C1 = z_CV.sub_(largest_C1).exp_().sum(dim=1, keepdim=True)
+        losses_C = (sum_C1.log() + (largest_C1 - label_C1)).squeeze(1)
+        return _Chunk(numerators_CV=z_CV, sum_C1=sum_C1, slope_CV=slope_CV, product_CV=product_CV, losses_C=losses_C)
 
-    def differentiate(self, hidden_CD: torch.Tensor, labels_C: torch.Tensor, grad_hidden: torch.Tensor | None) -> None:
-        """Turn the numerators that `losses` left into gradients; write that of hidden, add those of weight and bias."""
-        num_tokens = hidden_CD.shape[0]
-        product_CV = self._take("product", num_tokens, self.weight_VD.dtype)
-        z_CV = product_CV if product_CV.dtype == torch.float32 else self._take("logits", num_tokens, torch.float32)
-        z_CV.div_(self._sum_C1)
-        z_CV.scatter_add_(1, labels_C[:, None], torch.full_like(self._sum_C1, -1.0))
-        if self.logits.softcap is not None:
-            z_CV.mul_(self._take("slope", num_tokens, torch.float32))
-        if self.logits.scale != 1:
-            z_CV.mul_(self.logits.scale)
+    def differentiate(
+        self, chunk: _Chunk, hidden_CD: torch.Tensor, labels_C: torch.Tensor, *, out: torch.Tensor | None
+    ) -> None:
+        """Write the gradient of the hidden states of a chunk to `out`, and add those of weight and bias."""
+        grad_z_CV = chunk.numerators_CV.mul_(self.logits.scale / chunk.sum_C1)
+        minus_C1 = torch.full_like(chunk.sum_C1, -self.logits.scale)
+        grad_z_CV.scatter_add_(1, labels_C[:, None], minus_C1)
+        if chunk.slope_CV is not None:
+            grad_z_CV.mul_(chunk.slope_CV)
         if self.grad_bias is not None:
-            self.grad_bias += z_CV.sum(dim=0)
-        if z_CV is not product_CV:
-            product_CV.copy_(z_CV)
-        if grad_hidden is not None:
-            torch.mm(product_CV, self.weight_VD, out=grad_hidden)
+            self.grad_bias += grad_z_CV.sum(dim=0)
+        if chunk.product_CV is not grad_z_CV:
+            chunk.product_CV.copy_(grad_z_CV)
+        if out is not None:
+            torch.mm(chunk.product_CV, self.weight_VD, out=out)
         if self.grad_weight is not None:
-            self.grad_weight += product_CV.T @ hidden_CD
+            self.grad_weight += chunk.product_CV.T @ hidden_CD
 
     def _take(self, key: str, num_tokens: int, dtype: torch.dtype) -> torch.Tensor:
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape[0] < num_tokens:
-            buffer = torch.empty(num_tokens, self.num_words, dtype=dtype, device=self.weight_VD.device)
+            buffer = torch.empty(num_tokens, self.weight_VD.shape[0], dtype=dtype, device=self.weight_VD.device)
             self._buffers[key] = buffer
         return buffer[:num_tokens]
 
@@ -240,7 +255,7 @@ class _Head:
         if self.logits.chunk_tokens != "auto":
             return self.logits.chunk_tokens
         budget_bytes = CPU_CHUNK_BYTES if self.weight_VD.device.type == "cpu" else GPU_CHUNK_BYTES
-        return max(MIN_CHUNK_TOKENS, budget_bytes // (4 * self.num_words))
+        return max(MIN_CHUNK_TOKENS, budget_bytes // (4 * self.weight_VD.shape[0]))
 
 
 def _trained_tokens(labels_T: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,207 @@
+"""The chunked loss against F.cross_entropy on whole logits in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from halfbyte.ops import cross_entropy
+from halfbyte.ops.cross_entropy import chunked_cross_entropy, chunked_token_losses, cross_entropy_reference
+from tests.oracles import assert_close
+
+TOKENS, WIDTH, WORDS = 63, 32, 101
+VARIANTS = {
+    "plain": {},
+    "softcap": {"softcap": 3.0},
+    "scale": {"logit_scale": 0.3},
+    "softcap and scale": {"softcap": 3.0, "logit_scale": 2.0},
+    "num_items": {"num_items": 1000},
+}
+MASKS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "all": lambda position: position < 0,
+    "a third": lambda position: position % 3 > 0,
+    "uneven": lambda position: ((position > 3) & (position < 40)) | (position == 45),
+    "only the last": lambda position: position < TOKENS - 1,
+}
+
+
+def make_inputs(
+    dtype: torch.dtype, mask: str = "uneven", *, device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return hidden states, head weight, head bias (leaves) and labels."""
+    hidden = torch.randn(TOKENS, WIDTH, dtype=dtype, device=device, requires_grad=True)
+    weight = torch.randn(WORDS, WIDTH, dtype=dtype, device=device, requires_grad=True)
+    bias = torch.randn(WORDS, dtype=dtype, device=device, requires_grad=True)
+    labels = torch.randint(0, WORDS, (TOKENS,), device=device)
+    labels[MASKS[mask](torch.arange(TOKENS, device=device))] = -100
+    return hidden, weight, bias, labels
+
+
+def check_against_fp64(
+    dtype: torch.dtype, mask: str, options: dict[str, float], *, chunk_tokens: int = 7, device: str = "cpu"
+) -> None:
+    hidden, weight, bias, labels = make_inputs(dtype, mask, device=device)
+    loss = chunked_cross_entropy(hidden, weight, labels, head_bias=bias, chunk_tokens=chunk_tokens, **options)
+    (3 * loss).backward()
+    leaves = [t.detach().double().requires_grad_() for t in (hidden, weight, bias)]
+    expected = cross_entropy_reference(leaves[0], leaves[1], labels, head_bias=leaves[2], **options)
+    (3 * expected).backward()
+    assert loss.dtype == torch.float32
+    assert loss.shape == ()
+    # Rounded: the logits.
+    assert_close("loss", expected, loss, dtype=dtype, roundings=1, reduction_length=WIDTH)
+    for name, actual, leaf in zip(("hidden", "weight", "bias"), (hidden, weight, bias), leaves, strict=True):
+        # Rounded: the logits, whose error the exponential magnifies by their size, their gradient, the result.
+        spread = 1 if dtype == torch.float32 else WIDTH**0.5
+        assert actual.grad.dtype == dtype
+        assert_close(name, leaf.grad, actual.grad, dtype=dtype, roundings=2 + spread, reduction_length=WORDS)
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_chunked_cross_entropy_matches_fp64(mask: str, options: dict[str, float]) -> None:
+    check_against_fp64(torch.float32, mask, options)
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_chunked_cross_entropy_matches_fp64_in_16_bits(dtype: torch.dtype, options: dict[str, float]) -> None:
+    check_against_fp64(dtype, "uneven", options)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 37, 38, 1000, "auto"])
+def test_chunked_cross_entropy_does_not_depend_on_the_chunk(chunk_tokens: int) -> None:
+    check_against_fp64(torch.float32, "uneven", {}, chunk_tokens=chunk_tokens)
+
+
+def test_chunked_cross_entropy_passes_gradcheck() -> None:
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((9, 4), (11, 4), (11,))]
+    labels = torch.tensor([3, -100, 0, 10, -100, -100, 3, 1, -100])
+
+    def call(*inputs: torch.Tensor) -> torch.Tensor:
+        return chunked_cross_entropy(
+            *inputs[:2], labels, head_bias=inputs[2], softcap=3.0, logit_scale=2.0, chunk_tokens=2
+        )
+
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+def test_chunked_cross_entropy_of_no_trained_token_is_zero() -> None:
+    hidden, weight, bias, labels = make_inputs(torch.float32)
+    for num_items in (None, 17):
+        loss = chunked_cross_entropy(hidden, weight, torch.full_like(labels, -100), num_items=num_items, head_bias=bias)
+        grads = torch.autograd.grad(loss, (hidden, weight, bias))
+        assert loss.item() == 0
+        assert [grad.shape for grad in grads] == [hidden.shape, weight.shape, bias.shape]
+        assert all((grad == 0).all() for grad in grads)
+
+
+def test_chunked_cross_entropy_of_micro_batches_adds_up() -> None:
+    hidden, weight, _, labels = make_inputs(torch.float32, "uneven")
+    whole = chunked_cross_entropy(hidden, weight, labels)
+    (expected,) = torch.autograd.grad(whole, hidden)
+    num_items = int((labels != -100).sum())
+    parts = [
+        chunked_cross_entropy(h, weight, part, num_items=num_items, chunk_tokens=5)
+        for h, part in zip(hidden.split(11), labels.split(11), strict=True)
+    ]
+    total = torch.stack(parts).sum()
+    assert_close("loss", whole, total, dtype=torch.float32, reduction_length=TOKENS)
+    (grad,) = torch.autograd.grad(total, hidden)
+    assert_close("grad", expected, grad, dtype=torch.float32, reduction_length=WORDS)
+
+
+def test_chunked_cross_entropy_accepts_a_tensor_of_items() -> None:
+    hidden, weight, _, labels = make_inputs(torch.float32)
+    loss = chunked_cross_entropy(hidden, weight, labels, num_items=torch.tensor(50))
+    assert loss.equal(chunked_cross_entropy(hidden, weight, labels, num_items=50))
+
+
+def test_chunked_cross_entropy_leaves_a_tied_head_alone() -> None:
+    hidden, weight, _, labels = make_inputs(torch.float32)
+    frozen = weight.detach()
+    before = frozen.clone()
+    chunked_cross_entropy(hidden, frozen, labels).backward()
+    assert frozen.grad is None
+    assert frozen.equal(before)
+    embedded = torch.nn.functional.embedding(torch.arange(TOKENS), weight)
+    chunked_cross_entropy(embedded, weight, labels).backward()
+    leaf = weight.detach().double().requires_grad_()
+    cross_entropy_reference(leaf[:TOKENS], leaf, labels).backward()
+    assert_close("tied", leaf.grad, weight.grad, dtype=torch.float32, roundings=4, reduction_length=WORDS)
+
+
+def test_chunked_cross_entropy_survives_extreme_logits() -> None:
+    hidden, weight, _, labels = make_inputs(torch.float32, "all")
+    loss = chunked_cross_entropy(hidden * 1000, weight, labels)
+    expected = cross_entropy_reference(hidden.double() * 1000, weight.double(), labels)
+    assert_close("loss", expected, loss, dtype=torch.float32, roundings=4, reduction_length=WIDTH)
+    loss.backward()
+    assert torch.isfinite(hidden.grad).all()
+
+
+def test_chunked_cross_entropy_keeps_fp16_gradients_normal() -> None:
+    hidden, weight, _, labels = make_inputs(torch.float16)
+    loss_scale, num_items = 65536, 1_000_000
+    (chunked_cross_entropy(hidden, weight, labels, num_items=num_items) * loss_scale).backward()
+    leaf = hidden.detach().double().requires_grad_()
+    (cross_entropy_reference(leaf, weight.double(), labels, num_items=num_items) * loss_scale).backward()
+    assert_close("grad", leaf.grad, hidden.grad, dtype=torch.float16, roundings=2 + WIDTH**0.5, reduction_length=WORDS)
+
+
+def test_chunked_cross_entropy_without_grad_skips_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, _, labels = make_inputs(torch.float32)
+    expected = chunked_cross_entropy(hidden, weight, labels)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a gradient was computed")
+
+    monkeypatch.setattr(cross_entropy._Head, "differentiate", refuse)
+    with torch.no_grad():
+        assert chunked_cross_entropy(hidden, weight, labels).equal(expected)
+    assert chunked_cross_entropy(hidden.detach(), weight.detach(), labels).equal(expected)
+
+
+def test_chunked_cross_entropy_holds_one_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+    empty = torch.empty
+
+    def record(*size: int, **options: object) -> torch.Tensor:
+        shapes.append(size)
+        return empty(*size, **options)
+
+    monkeypatch.setattr(cross_entropy.torch, "empty", record)
+    hidden, weight, _, labels = make_inputs(torch.bfloat16, "all")
+    chunked_cross_entropy(hidden, weight, labels, chunk_tokens=10, softcap=3.0)
+    assert sorted(shapes) == [(9, WORDS)] * 3
+
+
+def test_chunked_cross_entropy_can_be_differentiated_again() -> None:
+    hidden, weight, _, labels = make_inputs(torch.float32)
+    loss = chunked_cross_entropy(hidden, weight, labels)
+    first = torch.autograd.grad(loss, hidden, retain_graph=True)[0].clone()
+    assert torch.autograd.grad(loss, hidden)[0].equal(first)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "logit_scale": 2.0}], ids=["plain", "softcap and scale"])
+def test_chunked_token_losses_match_fp64(options: dict[str, float]) -> None:
+    hidden, weight, bias, labels = make_inputs(torch.float32)
+    losses = chunked_token_losses(hidden, weight, labels, chunk_tokens=7, head_bias=bias, **options)
+    assert not losses.requires_grad
+    for token in range(TOKENS):
+        one = slice(token, token + 1)
+        expected = cross_entropy_reference(
+            hidden[one].double(), weight.double(), labels[one], head_bias=bias.double(), **options
+        )
+        assert_close(
+            f"token {token}", expected, losses[token], dtype=torch.float32, roundings=8, reduction_length=WORDS
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_chunked_cross_entropy_matches_fp64_on_a_gpu(dtype: torch.dtype, options: dict[str, float]) -> None:
+    check_against_fp64(dtype, "uneven", options, device="cuda")
