@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
 from halfbyte.data.examples import TokenizedExample
@@ -119,6 +120,9 @@ class HalfbyteTrainer(Trainer):
         self.notes = [] if note is None else [note]
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback):
+                callback.logging_dir = args.logging_dir or str(Path(args.output_dir) / "logs")
         # Read by transformers 5.17, which has no loss_is_scaled_for_ga.
         self.model_accepts_loss_kwargs = True
         self.model_device = next(model.parameters()).device
