@@ -16,8 +16,11 @@ A packed byte holds two codes, so one lookup in a table of 256 pairs restores tw
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
+from halfbyte.kernels import dequantize_4bit as kernels
 from halfbyte.ops.backend import resolve_backend
 from halfbyte.ops.workspace import Workspace
 from halfbyte.quant.codebooks import code_pairs, codebook_values, dynamic_map
@@ -58,7 +61,7 @@ def dequantize_4bit(
     assert dtype in (None, out.dtype)
     assert out.is_contiguous() or (out.ndim == 2 and out.stride(1) == 1), "rows of out must be contiguous"
     if resolve_backend("dequantize_4bit", backend, q.device) == "triton":
-        raise NotImplementedError
+        return dequantize_4bit_triton(q, out, launch=kernels.DequantizeLaunch())
     if q.device.type == "cpu":
         return _dequantize_cpu(q, out, workspace or Workspace())
     return out.copy_(dequantize_4bit_reference(q, dtype=out.dtype))
@@ -81,6 +84,21 @@ def restore_absmax_reference(q: QuantizedTensor) -> torch.Tensor:
         return q.absmax
     scale = q.absmax_scale.repeat_interleave(ABSMAX_GROUP)[: q.absmax.numel()]
     return dynamic_map(True, q.device)[q.absmax.int()] * scale + q.absmax_offset
+
+
+def dequantize_4bit_triton(q: QuantizedTensor, out: torch.Tensor, *, launch: kernels.DequantizeLaunch) -> torch.Tensor:
+    """Restore a weight from 4 bits with the Triton kernel, launched as told, into `out`."""
+    scales = kernels.Scales(q.absmax, q.absmax_scale, q.absmax_offset, dynamic_map(True, q.device))
+    table = _kernel_table(q.codebook, launch.lookup, out.dtype, q.device)
+    kernels.dequantize_4bit(q.packed, scales, table, out, block_size=q.block_size, launch=launch)
+    return out
+
+
+@functools.cache
+def _kernel_table(codebook: str, lookup: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if lookup == "codes":
+        return codebook_values(codebook, device)
+    return code_pairs(codebook, device).to(dtype if lookup == "rounded" else torch.float32)
 
 
 def _dequantize_cpu(q: QuantizedTensor, out: torch.Tensor, workspace: Workspace) -> torch.Tensor:
@@ -111,4 +129,3 @@ def _dequantize_cpu(q: QuantizedTensor, out: torch.Tensor, workspace: Workspace)
             value_blocks[: part.numel()].mul_(part)
             target.copy_(values[: target.numel()])
     return out if out.is_contiguous() else out.copy_(flat.view(q.shape))
-

@@ -31,12 +31,14 @@ Source: QLoRA, arXiv 2305.14314, section 3.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
 import torch
 
 from halfbyte.errors import ConfigError
+from halfbyte.kernels import quantize_4bit as kernels
 from halfbyte.ops.backend import resolve_backend
 from halfbyte.quant.codebooks import dynamic_codes, search_table, sorted_codes, thresholds
 from halfbyte.quant.tensor import ABSMAX_GROUP, QuantizedTensor, QuantSpec
@@ -67,7 +69,7 @@ def quantize_4bit(weight: torch.Tensor, spec: QuantSpec, *, backend: str = "auto
     """
     _check(weight)
     if resolve_backend("quantize_4bit", backend, weight.device) == "triton":
-        raise NotImplementedError
+        return quantize_4bit_triton(weight, spec, launch=default_launch(spec))
     if weight.device.type == "cpu":
         return _quantize_cpu(weight, spec)
     return quantize_4bit_reference(weight, spec)
@@ -112,6 +114,21 @@ def quantize_absmax_reference(absmax: torch.Tensor, offset: torch.Tensor) -> tup
     return codes.view(-1)[: absmax.numel()].clone(), scale
 
 
+def quantize_4bit_triton(weight: torch.Tensor, spec: QuantSpec, *, launch: kernels.QuantizeLaunch) -> QuantizedTensor:
+    """Quantise a weight to 4 bits with the Triton kernels, launched as told. Nothing waits for the device."""
+    flat = weight.detach().reshape(-1)
+    packed = flat.new_empty((flat.numel() + 1) // 2, dtype=torch.uint8)
+    absmax = flat.new_empty(-(-flat.numel() // spec.block_size), dtype=torch.float32)
+    tables = _kernel_tables(spec.codebook, weight.device)
+    kernels.quantize_4bit(flat, tables, packed, absmax, block_size=spec.block_size, launch=launch)
+    return _assemble(weight, spec, packed, absmax, _quantize_absmax_triton)
+
+
+def default_launch(spec: QuantSpec) -> kernels.QuantizeLaunch:
+    """Return how `quantize_4bit` launches its kernel."""
+    return kernels.QuantizeLaunch(search="bins" if spec.codebook == "nf4" else "tree")
+
+
 def _check(weight: torch.Tensor) -> None:
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ConfigError(
@@ -147,8 +164,8 @@ def _assemble(
 def _quantize_cpu(weight: torch.Tensor, spec: QuantSpec) -> QuantizedTensor:
     flat = weight.detach().reshape(-1)
     num_whole_blocks, rest = divmod(flat.numel(), spec.block_size)
-    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty(num_whole_blocks + bool(rest), dtype=torch.float32)
+    packed = flat.new_empty((flat.numel() + 1) // 2, dtype=torch.uint8)
+    absmax = flat.new_empty(num_whole_blocks + bool(rest), dtype=torch.float32)
     num_chunks = -(-flat.numel() // (ELEMENTS_PER_THREAD * torch.get_num_threads()))
     blocks_per_chunk = max(1, -(-num_whole_blocks // num_chunks))
     chunk = None
@@ -173,7 +190,7 @@ class _Chunk:
         numel = num_blocks * spec.block_size
         self.num_blocks = num_blocks
         self.table = search_table(spec.codebook, SEARCH_SCALE)
-        self.half = torch.tensor(self.table.scale + 0.5, device="cpu")
+        self.half = torch.tensor(self.table.scale + 0.5, dtype=torch.float32, device="cpu")
         self.codes_by_place = None if spec.codebook == "nf4" else sorted_codes(spec.codebook)
         self.x = torch.empty(numel, dtype=torch.float32, device="cpu")
         self.y = torch.empty_like(self.x)
@@ -214,11 +231,27 @@ class _Chunk:
 
 
 def _quantize_absmax_cpu(absmax: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    codes = torch.empty(absmax.shape, dtype=torch.uint8)
-    scale = torch.empty(-(-absmax.numel() // ABSMAX_GROUP), dtype=torch.float32)
+    codes = torch.empty_like(absmax, dtype=torch.uint8)
+    scale = absmax.new_empty(-(-absmax.numel() // ABSMAX_GROUP))
     for start in range(0, absmax.numel(), ELEMENTS_PER_THREAD):
         stop = start + ELEMENTS_PER_THREAD
         part = quantize_absmax_reference(absmax[start:stop], offset)
         codes[start:stop] = part[0]
         scale[start // ABSMAX_GROUP : stop // ABSMAX_GROUP] = part[1]
+    return codes, scale
+
+
+@functools.cache
+def _kernel_tables(codebook: str, device: torch.device) -> kernels.Search:
+    if codebook != "nf4":
+        return kernels.Search(thresholds(codebook, device), sorted_codes(codebook, device), None, None)
+    table = search_table(codebook, kernels.BIN_SCALE)
+    base, threshold = (torch.nn.functional.pad(part, (0, 1)).to(device) for part in (table.base, table.threshold))
+    return kernels.Search(thresholds(codebook, device), None, base.to(torch.int32), threshold)
+
+
+def _quantize_absmax_triton(absmax: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = torch.empty_like(absmax, dtype=torch.uint8)
+    scale = absmax.new_empty(-(-absmax.numel() // ABSMAX_GROUP))
+    kernels.quantize_absmax(absmax, offset, dynamic_codes(absmax.device), codes, scale)
     return codes, scale

@@ -134,7 +134,8 @@ def search_table(name: str, scale: int, device: torch.device = _CPU) -> SearchTa
     scaled = thresholds(name).double() * scale
     bins = (scaled.round() + scale).long()
     # Far enough from the edges that every way to round puts a threshold into the same bin.
-    assert ((scaled - scaled.round()).abs() < 0.499).all() and bins.unique().numel() == bins.numel()
+    assert ((scaled - scaled.round()).abs() < 0.499).all()
+    assert bins.unique().numel() == bins.numel()
     base = torch.bucketize(torch.arange(2 * scale + 1, device=_CPU), bins)
     threshold = torch.full((2 * scale + 1,), torch.inf, dtype=torch.float32, device=_CPU)
     threshold[bins] = thresholds(name)

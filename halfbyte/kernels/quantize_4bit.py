@@ -1,0 +1,217 @@
+"""Quantise a weight to 4 bits on a GPU: one launch for codes and absmax, one more for the 8-bit form of absmax.
+
+One program quantises a tile of whole blocks, [BLOCKS, BLOCK_SIZE], a thread reading 16 bytes at a time; a block's
+maximum is taken over the few threads that share it. The bit pattern of |x| orders like |x|, NaN on top, so absmax is
+an integer maximum that does not lose a NaN.
+
+The search for the code has two forms, which give the same codes:
+
+    bins    index a table of 32 bins, each with at most one threshold, and compare once (NF4 only: FP4's are too close)
+    tree    four levels of comparisons against thresholds held in registers
+
+Fifteen plain comparisons would take more instructions than the memory traffic leaves time for. Divisions are IEEE's,
+and enable_fp_fusion is off, so every device gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class QuantizeLaunch:
+    """How the kernel is launched; none of it changes the result."""
+
+    search: Literal["bins", "tree"] = "bins"
+    elements_per_program: int = 4096
+    num_warps: int = 4
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Search:
+    """The tables of a codebook."""
+
+    thresholds: torch.Tensor
+    """fp32 [15], ascending."""
+    sorted_codes: torch.Tensor | None
+    """int32 [16], the code of each sorted place; None where that is the place."""
+    bin_base: torch.Tensor | None
+    """int32 [32], the number of thresholds in lower bins; None where 31 bins are too few."""
+    bin_threshold: torch.Tensor | None
+    """fp32 [32], the bin's own threshold, or infinity."""
+
+
+BIN_SCALE = 15
+"""Bins of the search "bins" are 1 / 15 wide: bin(x) = round(15 x) + 15. The 32nd is for NaN."""
+
+
+def quantize_4bit(
+    flat: torch.Tensor,
+    search: Search,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    *,
+    block_size: int,
+    launch: QuantizeLaunch,
+) -> None:
+    """Write codes and absmax of a flattened weight.
+
+    Args:
+        flat: fp32, fp16 or bf16, contiguous.
+        search: The codebook's tables.
+        packed: uint8 [(numel + 1) // 2], written.
+        absmax: fp32 [blocks], written.
+        block_size: Elements that share one absmax.
+        launch: How to launch.
+    """
+    num_blocks = absmax.numel()
+    blocks_per_program = max(1, launch.elements_per_program // block_size)
+    use_bins = launch.search == "bins"
+    with torch.cuda.device_of(flat):
+        _quantize_kernel()[(-(-num_blocks // blocks_per_program),)](
+            flat,
+            packed,
+            absmax,
+            search.bin_threshold if use_bins else search.thresholds,
+            search.bin_base if use_bins else search.thresholds,
+            search.thresholds if search.sorted_codes is None else search.sorted_codes,
+            num_blocks,
+            packed.numel(),
+            flat.numel(),
+            USE_BINS=use_bins,
+            BIN_SCALE=BIN_SCALE,
+            REORDER=search.sorted_codes is not None,
+            PARTIAL=flat.numel() % block_size != 0,
+            BLOCK_SIZE=block_size,
+            BLOCKS=blocks_per_program,
+            BYTES_PER_THREAD=8 // flat.itemsize,
+            num_warps=launch.num_warps,
+            enable_fp_fusion=False,
+        )
+
+
+def quantize_absmax(
+    absmax: torch.Tensor, offset: torch.Tensor, dynamic_codes: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
+) -> None:
+    """Write the 8-bit form of absmax.
+
+    Args:
+        absmax: fp32 [blocks].
+        offset: fp32 scalar on the device, their mean.
+        dynamic_codes: uint8 [65536].
+        codes: uint8 [blocks], written.
+        scale: fp32 [ceil(blocks / 256)], written.
+    """
+    with torch.cuda.device_of(absmax):
+        _absmax_kernel()[(-(-scale.numel() // GROUPS_PER_PROGRAM),)](
+            absmax,
+            offset,
+            dynamic_codes,
+            codes,
+            scale,
+            absmax.numel(),
+            GROUPS=GROUPS_PER_PROGRAM,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+
+
+GROUPS_PER_PROGRAM = 4
+
+
+@functools.cache
+def _quantize_kernel() -> Any:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _quantize_4bit_kernel(
+        x_ptr, packed_ptr, absmax_ptr, threshold_ptr, base_ptr, code_ptr,
+        num_blocks, num_bytes, numel,
+        USE_BINS: tl.constexpr, BIN_SCALE: tl.constexpr, REORDER: tl.constexpr, PARTIAL: tl.constexpr,
+        BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr, BYTES_PER_THREAD: tl.constexpr,
+    ):  # fmt: skip
+        # Addresses: a 64-bit scalar for the tile, 32-bit offsets inside it.
+        first = tl.program_id(0).to(tl.int64) * BLOCKS
+        start = first * BLOCK_SIZE
+        element = tl.arange(0, BLOCKS * BLOCK_SIZE)
+        x = tl.load(x_ptr + start + element, mask=start + element < numel, other=0.0).to(tl.float32)
+        x = tl.reshape(x, [BLOCKS, BLOCK_SIZE])
+
+        bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        absmax = tl.max(bits, axis=1).to(tl.float32, bitcast=True)
+        block = first + tl.arange(0, BLOCKS)
+        # Written so that NaN stays.
+        at_least = tl.where(absmax < 1e-38, 1e-38, absmax)
+        scaled = x * tl.div_rn(tl.full([BLOCKS], 1.0, tl.float32), at_least)[:, None]
+        if PARTIAL:
+            is_short = (block + 1) * BLOCK_SIZE > numel
+            absmax = tl.where(is_short, at_least, absmax)
+            if tl.program_id(0) == tl.num_programs(0) - 1:
+                quotient = tl.div_rn(x, tl.broadcast_to(at_least[:, None], [BLOCKS, BLOCK_SIZE]))
+                scaled = tl.where(is_short[:, None], quotient, scaled)
+        tl.store(absmax_ptr + block, absmax, mask=block < num_blocks)
+
+        scaled = tl.reshape(scaled, [BLOCKS * BLOCK_SIZE])
+        if USE_BINS:
+            # Adding 2**23 rounds to an integer and leaves it in the low bits of the pattern.
+            shifted = tl.fma(
+                scaled, tl.full([1], BIN_SCALE, tl.float32), tl.full([1], 8388608.0 + BIN_SCALE, tl.float32)
+            )
+            index = shifted.to(tl.int32, bitcast=True) & 31
+            place = tl.load(base_ptr + index) + (scaled > tl.load(threshold_ptr + index)).to(tl.int32)
+        else:
+            above7 = scaled > tl.load(threshold_ptr + 7)
+            t3, t11 = tl.load(threshold_ptr + 3), tl.load(threshold_ptr + 11)
+            above_quarter = scaled > tl.where(above7, t11, t3)
+            low = tl.where(above_quarter, tl.load(threshold_ptr + 5), tl.load(threshold_ptr + 1))
+            high = tl.where(above_quarter, tl.load(threshold_ptr + 13), tl.load(threshold_ptr + 9))
+            above_eighth = scaled > tl.where(above7, high, low)
+            t0 = tl.where(above_eighth, tl.load(threshold_ptr + 2), tl.load(threshold_ptr + 0))
+            t4 = tl.where(above_eighth, tl.load(threshold_ptr + 6), tl.load(threshold_ptr + 4))
+            t8 = tl.where(above_eighth, tl.load(threshold_ptr + 10), tl.load(threshold_ptr + 8))
+            t12 = tl.where(above_eighth, tl.load(threshold_ptr + 14), tl.load(threshold_ptr + 12))
+            low, high = tl.where(above_quarter, t4, t0), tl.where(above_quarter, t12, t8)
+            above_sixteenth = scaled > tl.where(above7, high, low)
+            place = (above7.to(tl.int32) << 3) | (above_quarter.to(tl.int32) << 2)
+            place |= (above_eighth.to(tl.int32) << 1) | above_sixteenth.to(tl.int32)
+        code = tl.load(code_ptr + place) if REORDER else place
+
+        even, odd = tl.split(tl.reshape(code, [BLOCKS * BLOCK_SIZE // 2, 2]))
+        # As wide as the pairs of one 16-byte load, or they would change threads on their way out.
+        byte = tl.max_contiguous(tl.arange(0, BLOCKS * BLOCK_SIZE // 2), BYTES_PER_THREAD)
+        tl.store(packed_ptr + start // 2 + byte, (even << 4 | odd).to(tl.uint8), mask=start // 2 + byte < num_bytes)
+
+    return _quantize_4bit_kernel
+
+
+@functools.cache
+def _absmax_kernel() -> Any:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _quantize_absmax_kernel(
+        absmax_ptr, offset_ptr, table_ptr, code_ptr, scale_ptr, num_blocks, GROUPS: tl.constexpr
+    ):  # fmt: skip
+        group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+        block = group[:, None] * 256 + tl.arange(0, 256)[None, :]
+        mask = block < num_blocks
+        centred = tl.where(mask, tl.load(absmax_ptr + block, mask=mask, other=0.0) - tl.load(offset_ptr), 0.0)
+        bits = centred.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        scale = tl.max(bits, axis=1).to(tl.float32, bitcast=True)
+        tl.store(scale_ptr + group, scale, mask=group * 256 < num_blocks)
+
+        at_least = tl.where(scale > 0.0, scale, 1.0)
+        scaled = centred * tl.div_rn(tl.full([GROUPS], 1.0, tl.float32), at_least)[:, None]
+        scaled = tl.where(scaled > 1.0, 1.0, tl.where(scaled >= -1.0, scaled, -1.0))
+        # Exact in fp64, so this is one fp32 rounding, that of a fused multiply-add.
+        index = (((scaled + 1.0) * 0.5).to(tl.float64) * 65535.0 + 0.5).to(tl.float32).to(tl.int32)
+        code = tl.where(scale[:, None] > 0.0, tl.load(table_ptr + index), 0)
+        tl.store(code_ptr + block, code.to(tl.uint8), mask=mask)
+
+    return _quantize_absmax_kernel
