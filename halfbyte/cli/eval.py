@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     console = progress_console()
     tuned = load_tuned(source, console=console)
     prepared = read_examples(args.held_out, source.data, tuned)
-    console.print(prepared.report, markup=False)
+    console.print(str(prepared.report), markup=False)
 
     from halfbyte.nn import adapters_disabled
 

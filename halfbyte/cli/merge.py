@@ -43,6 +43,6 @@ def run(args: argparse.Namespace) -> int:
     report = merge_adapter(
         source.model.path, source.adapter, output, onto=args.onto, dtype=args.dtype, spec=quant_spec(source.quant)
     )
-    console.print(report, markup=False)
+    console.print(str(report), markup=False)
     console.print(f"wrote {output}", style="bold", markup=False)
     return 0

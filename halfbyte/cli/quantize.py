@@ -33,6 +33,6 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.export import export_bnb4bit
 
     report = export_bnb4bit(model.path, output, spec)
-    console.print(report, markup=False)
+    console.print(str(report), markup=False)
     console.print(f"wrote {output}", style="bold", markup=False)
     return 0

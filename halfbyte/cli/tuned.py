@@ -96,9 +96,9 @@ def load_tuned(source: TunedSource, *, console: Console) -> TunedModel:
             attn_implementation=options.attention,
             revision=options.revision,
         )
-    console.print(loaded.report, markup=False)
+    console.print(str(loaded.report), markup=False)
     if source.adapter is not None:
-        console.print(load_adapter(loaded.model, source.adapter), markup=False)
+        console.print(str(load_adapter(loaded.model, source.adapter)), markup=False)
     if loaded.report.device.type == "cpu":
         keep_freed_memory()
     return TunedModel(
