@@ -4,8 +4,7 @@ At inference the model is given `P = render(turns before, add_generation_prompt=
 when the learned range of an answer starts exactly at the end of its P, ends with the end of its turn, and the text
 before it is what the model will have read. Three ways, in this order:
 
-1. **Markers.** The template says itself what is generated (`{% generation %}`). Checked: every answer's words stand in
-   a range. The end of the turn is added where the author left it outside.
+1. **Markers.** The template says itself what is generated (`{% generation %}`); see `markers` for what is checked.
 2. **Prefixes.** P must be a prefix of the whole conversation, and so must the conversation up to the answer's end
    (without what the template writes only at the very end). This is the definition of right above, checked by text.
 3. **One answer at a time.** Some templates rewrite the past: Qwen3 removes the reasoning of earlier answers, Mistral's
@@ -24,8 +23,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from halfbyte.data.chat import ChatTemplate, MarkedText
+from halfbyte.data.chat import ChatTemplate
 from halfbyte.data.examples import Message
+from halfbyte.data.markers import find_marked_answers, visible_words
 from halfbyte.errors import DataError
 
 _SHOWN_CHARACTERS = 60
@@ -40,7 +40,7 @@ class MaskedText:
         ranges: Learned ranges, in order and apart: (start, end).
         has_frame: Whether the tokenizer's own first token and the end token are added: yes for plain text, no for
             what a chat template wrote, which holds them.
-        way: How the ranges were found: markers, prefixes, one by one, all, none.
+        way: How the ranges were found: markers, unproved markers, prefixes, one by one, all, none.
     """
 
     text: str
@@ -82,14 +82,15 @@ def mask_answers(template: ChatTemplate, conversation: Conversation) -> list[Mas
         return [MaskedText(template.render(conversation.messages, tools=conversation.tools), (), way="none")]
     messages = conversation.messages[: learned[-1] + 1]
     whole = template.render(messages, tools=conversation.tools)
-    if template.has_markers:
-        marked = template.render_marked(messages, tools=conversation.tools)
-        marked_ranges = _marked_ranges(template, marked, messages, learned) if marked.text == whole else None
-        if marked_ranges is not None:
-            return [_finished(template, MaskedText(whole, marked_ranges, way="markers"))]
+    marked = find_marked_answers(template, messages, learned=learned, tools=conversation.tools)
+    if marked is not None and marked.text == whole:
+        way = "markers" if marked.is_proved else "unproved markers"
+        return [_finished(template, MaskedText(whole, marked.ranges, way=way))]
     found = [_answer_range(template, conversation, whole, turn) for turn in learned]
     ranges = tuple(found_range for found_range in found if found_range is not None)
     if len(ranges) == len(learned):
+        for turn, (start, end) in zip(learned, ranges, strict=True):
+            _check_words(template, messages[turn], number=turn + 1, text=whole[start:end])
         return [_finished(template, MaskedText(whole, ranges, way="prefixes"))]
     return [_mask_one_answer(template, conversation, turn) for turn in learned]
 
@@ -124,6 +125,7 @@ def _mask_one_answer(template: ChatTemplate, conversation: Conversation, turn: i
     found = _answer_range(template, alone, whole, turn)
     if found is None:
         raise DataError(_cannot_be_masked(template, alone, whole, turn))
+    _check_words(template, alone.messages[turn], number=turn + 1, text=whole[slice(*found)])
     return _finished(template, MaskedText(whole, (found,), way="one by one"))
 
 
@@ -135,35 +137,6 @@ def _end_of_answer(template: ChatTemplate, finished: str) -> int:
     return len(finished.rstrip())
 
 
-def _marked_ranges(
-    template: ChatTemplate, marked: MarkedText, messages: Sequence[Message], learned: tuple[int, ...]
-) -> tuple[tuple[int, int], ...] | None:
-    """Return the learned ranges between markers, or None where the markers do not hold the answers."""
-    text, end_of_turn = marked.text, template.end_of_turn or ""
-    kept: list[tuple[int, int]] = []
-    cursor = 0
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        words = message["content"].rpartition("</think>")[2].strip()
-        held = [n for n in range(cursor, len(marked.ranges)) if words in text[slice(*marked.ranges[n])]]
-        if not held:
-            return None
-        if turn in learned:
-            kept += marked.ranges[cursor : held[0] + 1]
-        cursor = held[0] + 1
-    kept += marked.ranges[cursor:]
-    extended: list[tuple[int, int]] = []
-    for start, end in kept:
-        if end_of_turn and text.startswith(end_of_turn, end):
-            end += len(end_of_turn)
-        elif end_of_turn and text[start:end].rstrip().endswith(end_of_turn.rstrip()):
-            end = start + len(text[start:end].rstrip())
-        if end > start:
-            extended.append((start, end))
-    return tuple(extended) or None
-
-
 def _finished(template: ChatTemplate, masked: MaskedText) -> MaskedText:
     """Leave out what follows the last answer, which nothing is learned from; add an end where the template has none."""
     masked = dataclasses.replace(masked, text=masked.text[: masked.ranges[-1][1]])
@@ -173,6 +146,15 @@ def _finished(template: ChatTemplate, masked: MaskedText) -> MaskedText:
     start = masked.ranges[-1][0]
     text = masked.text + eos_token
     return dataclasses.replace(masked, text=text, ranges=(*masked.ranges[:-1], (start, len(text))))
+
+
+def _check_words(template: ChatTemplate, message: Message, *, number: int, text: str) -> None:
+    if visible_words(message) not in text:
+        raise DataError(
+            f"the chat template ({template.origin}) does not write the words of turn {number}; it has {text!r} there. "
+            "It may be made for images, or for turns of another form. Give another one with --data.chat_template (chatml "
+            "and headings are built in)."
+        )
 
 
 def _cannot_be_masked(template: ChatTemplate, conversation: Conversation, whole: str, turn: int) -> str:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 TrainOn = Literal["assistant", "all"]
 _NOTES = {
     "markers": "{} conversations masked by the template's own generation markers",
+    "unproved markers": "{} conversations masked by the template's own generation markers, although the template "
+    "writes something else when an answer is asked for: what is learned differs from what is used later",
     "prefixes": "{} conversations masked by rendering their prefixes",
     "one by one": "the template rewrites earlier answers: {} training texts made, one for each answer",
     "pieces": "{} examples tokenised in pieces, because prompt and answer share a token otherwise",
@@ -27,7 +29,7 @@ _NOTES = {
     "system": "{} examples without a system prompt were given data.system",
     "greeting": "{} answers before the first user turn are read and not learned",
     "unanswered": "{} conversations end with turns that nobody answers; those turns are left out",
-    "left out": "{} turns are left out by the chat template, which does not show their role",
+    "left out": "{} turns are left out or changed by the chat template",
     "control": "{} examples hold a control token of the model in their own words; it is read as that token",
 }
 
@@ -173,11 +175,7 @@ class Renderer:
         else:
             texts = mask_answers(self.template, conversation)
             self._count_turns(messages, learned, context, texts)
-        self._counts["left out"] += sum(
-            message["content"].strip() not in texts[-1].text
-            for message in messages[: learned[-1] if learned else None]
-            if message["role"] != "assistant"
-        )
+        self._count_left_out(messages[: learned[-1] if learned else None], texts[-1].text)
         if self._control_tokens is not None:
             self._counts["control"] += any(self._control_tokens.search(message["content"]) for message in messages)
         return texts
@@ -195,6 +193,18 @@ class Renderer:
             for turn, message in enumerate(messages)
         )
         self._counts["unanswered"] += bool(learned) and messages[-1]["role"] != "assistant"
+
+    def _count_left_out(self, messages: Sequence[Message], text: str) -> None:
+        read = [message for message in messages if message["role"] != "assistant"]
+        left_out = [message for message in read if message["content"].strip() not in text]
+        users = [message for message in read if message["role"] == "user"]
+        if users and all(message in left_out for message in users):
+            raise DataError(
+                f"the chat template ({self.template.origin}) does not write the words of the user. It may be made for "
+                "images, or for turns of another form. Give another one with --data.chat_template (chatml and headings "
+                "are built in)."
+            )
+        self._counts["left out"] += len(left_out)
 
     def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         """Add the configured system prompt where there is none, and fold it where the template takes none."""

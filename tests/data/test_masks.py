@@ -124,6 +124,43 @@ def test_mask_answers_uses_prefixes_where_markers_are_wrong() -> None:
     assert mask_answers(TEMPLATES["marked"], as_conversation(TALK))[0].way == "markers"
 
 
+def test_mask_answers_does_not_learn_the_header_inside_markers() -> None:
+    text = FAMILIES["marked"].template.replace(
+        "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}",
+        "{% if m.role != 'assistant' %}{{ '<|im_start|>' + m.role + '\n' }}{% endif %}"
+        "{% if m.role == 'assistant' %}{% generation %}{{ '<|im_start|>assistant\n' }}",
+    )
+    template = ChatTemplate(make_byte_level(), text=text, origin="x")
+    (masked,) = mask_answers(template, as_conversation(TALK))
+    assert masked.way == "markers"
+    assert learned_texts(template, as_conversation(TALK)) == ["On its way.<|im_end|>", "Yes.<|im_end|>"]
+
+
+def test_mask_answers_trusts_markers_that_it_cannot_prove_and_says_so() -> None:
+    text = FAMILIES["marked"].template.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
+    (masked,) = mask_answers(ChatTemplate(make_byte_level(), text=text, origin="x"), as_conversation(TALK))
+    assert masked.way == "unproved markers"
+    assert [masked.text[slice(*found)] for found in masked.ranges] == ["On its way.<|im_end|>", "Yes.<|im_end|>"]
+
+
+def test_mask_answers_uses_prefixes_where_ranges_cannot_be_told_apart() -> None:
+    two_ranges = FAMILIES["marked"].template.replace(
+        "{% generation %}", "{% generation %}{{ '<think></think>' }}{% endgeneration %}{% generation %}"
+    )
+    template = ChatTemplate(make_byte_level(), text=two_ranges, origin="x")
+    (masked,) = mask_answers(template, as_conversation(TALK, frozenset({1})))
+    assert masked.way == "prefixes"
+    assert [masked.text[slice(*found)] for found in masked.ranges] == ["<think></think>Yes.<|im_end|>"]
+    assert mask_answers(template, as_conversation(TALK))[0].way == "markers"
+
+
+@pytest.mark.parametrize("words", ["m.content | upper", "(m.content | list)[:0] | join"])
+def test_mask_answers_refuses_a_template_that_does_not_write_the_answer(words: str) -> None:
+    text = FAMILIES["chatml"].template.replace("m.content", words)
+    with pytest.raises(DataError, match=r"does not write the words of turn 2; it has '.*<\|im_end\|>' there"):
+        mask_answers(ChatTemplate(make_byte_level(), text=text, origin="x"), as_conversation(TALK))
+
+
 def test_mask_answers_adds_an_end_where_the_template_has_none(byte_level: PreTrainedTokenizerFast) -> None:
     template = ChatTemplate(byte_level, text=NO_END, origin="x")
     assert learned_texts(template, as_conversation(TALK)) == [" On its way.", " Yes.</s>"]

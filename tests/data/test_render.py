@@ -165,7 +165,7 @@ def test_render_says_what_is_not_learned(byte_level: PreTrainedTokenizerFast) ->
         "+ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
     )
     forgetful.render(talk(ASKED, ANSWER, {"role": "tool", "content": "sent"}, ANSWER))
-    assert any("1 turns are left out by the chat template" in note for note in forgetful.notes)
+    assert any("1 turns are left out or changed by the chat template" in note for note in forgetful.notes)
     endless = build_renderer(byte_level, chat_template=NO_END)
     endless.render(talk(ASKED, ANSWER))
     assert any("the template ends no turn" in note for note in endless.notes)
@@ -180,6 +180,9 @@ def test_render_names_the_example_that_cannot_be_rendered(byte_level: PreTrained
     broken = build_renderer(byte_level, chat_template=COUNTING)
     with pytest.raises(DataError, match=r"^a\.jsonl:3: the chat template \(the one given\) cannot be masked"):
         broken.render(talk(ASKED, ANSWER))
+    deaf = FAMILIES["chatml"].template.replace("m.content", "(m.content if m.role == 'assistant' else '')")
+    with pytest.raises(DataError, match=r"^a\.jsonl:3: the chat template .* does not write the words of the user"):
+        build_renderer(byte_level, chat_template=deaf).render(talk(ASKED, ANSWER))
     strict = build_renderer(with_family(byte_level, FAMILIES["llama2"]))
     with pytest.raises(DataError, match=r"^a\.jsonl:3: the chat template does not take this.*roles must alternate"):
         strict.render(talk(ASKED, ASKED, ANSWER))
