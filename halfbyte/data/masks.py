@@ -152,8 +152,8 @@ def _check_words(template: ChatTemplate, message: Message, *, number: int, text:
     if visible_words(message) not in text:
         raise DataError(
             f"the chat template ({template.origin}) does not write the words of turn {number}; it has {text!r} there. "
-            "It may be made for images, or for turns of another form. Give another one with --data.chat_template (chatml "
-            "and headings are built in)."
+            "It may be made for images, or for turns of another form. Give another one with --data.chat_template "
+            "(chatml and headings are built in)."
         )
 
 
