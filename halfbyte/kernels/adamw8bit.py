@@ -64,10 +64,8 @@ class CodeTables:
 
     values: torch.Tensor
     """fp32 [2, 256]."""
-    base: torch.Tensor
-    """uint8 [2, 65536], by the top 16 bits of an fp32 number."""
-    threshold: torch.Tensor
-    """fp32 [2, 65536]."""
+    codes: torch.Tensor
+    """uint8 [2, 65536], of evenly spaced numbers from -1 to 1."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -84,13 +82,6 @@ class LaunchInputs:
     """Of parameters and gradients."""
     aligned: bool
     """Whether all addresses and numels are multiples of 16, so that loads can be wide."""
-
-
-def is_interpreted() -> bool:
-    """Return whether Triton runs kernels in its interpreter, which takes tensors on the CPU."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
 
 
 def build_tables(
@@ -139,8 +130,7 @@ def adamw8bit(tables: AdamWTables, moments: Moments, codes: CodeTables | None, i
         none if moments.m_absmax is None else moments.m_absmax,
         none if moments.v_absmax is None else moments.v_absmax,
         none if codes is None else codes.values,
-        none if codes is None else codes.base,
-        none if codes is None else codes.threshold,
+        none if codes is None else codes.codes,
         num_tensors,
         tables.row,
         ELEMENT=element,
@@ -167,7 +157,7 @@ def _kernel() -> Any:
     @triton.jit(do_not_specialize=["num_tensors", "row"])
     def _adamw8bit_kernel(
         program_ptr, tensor_ptr, address_ptr, step_ptr, hyper_ptr, scale_ptr, skip_ptr,
-        m_ptr, v_ptr, m_absmax_ptr, v_absmax_ptr, value_ptr, base_ptr, threshold_ptr, num_tensors, row,
+        m_ptr, v_ptr, m_absmax_ptr, v_absmax_ptr, value_ptr, code_ptr, num_tensors, row,
         ELEMENT: tl.constexpr, ALIGNED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SKIP: tl.constexpr,
         IN_8BIT: tl.constexpr, BLOCKS: tl.constexpr,
         GROUP_SCALARS: tl.constexpr, LOAD_MOMENT: tl.constexpr, STORE_MOMENT: tl.constexpr,
@@ -210,8 +200,11 @@ def _kernel() -> Any:
             else:
                 param = tl.fma(tl.div_rn(m, tl.sqrt_rn(v) + eps), rate, param)
             tl.store(param_ptr + elements, param.to(ELEMENT), mask=elements < numel)
-            STORE_MOMENT(m, m_ptr, m_absmax_ptr, rows, inside, base_ptr, threshold_ptr, IN_8BIT)
-            STORE_MOMENT(v, v_ptr, v_absmax_ptr, rows, inside, base_ptr + 65536, threshold_ptr + 65536, IN_8BIT)
+            # A code of zero comes back as a little more than zero, which must not become a block's largest magnitude.
+            m = tl.where(elements < numel, m, 0.0)
+            v = tl.where(elements < numel, v, 0.0)
+            STORE_MOMENT(m, m_ptr, m_absmax_ptr, rows, inside, code_ptr, IN_8BIT)
+            STORE_MOMENT(v, v_ptr, v_absmax_ptr, rows, inside, code_ptr + 65536, IN_8BIT)
 
     return _adamw8bit_kernel
 
@@ -267,16 +260,17 @@ def _store_moment() -> Any:
     import triton.language as tl
 
     @triton.jit
-    def _store_moment_kernel(x, ptr, absmax_ptr, rows, inside, base_ptr, threshold_ptr, IN_8BIT: tl.constexpr):
-        """Store rows of the slab, as nearest codes and absmax or as they are."""
+    def _store_moment_kernel(x, ptr, absmax_ptr, rows, inside, code_ptr, IN_8BIT: tl.constexpr):
+        """Store rows of the slab, as codes and absmax or as they are."""
         slab = rows[:, None] * 256 + tl.arange(0, 256)[None, :]
         if IN_8BIT:
             absmax = tl.max(tl.abs(x), axis=1)
-            x = x * tl.div_rn(1.0, tl.maximum(absmax, 1.1754943508222875e-38))[:, None]
-            cell = (x.to(tl.int32, bitcast=True) >> 16) & 0xFFFF
-            codes = tl.load(base_ptr + cell) + (x > tl.load(threshold_ptr + cell)).to(tl.uint8)
+            x = x * tl.div_rn(1.0, absmax)[:, None]
+            # Not a number takes code 0, as 0 / 0 does in a block of zeros.
+            x = tl.where(x == x, tl.minimum(tl.maximum(x, -1.0), 1.0), -1.0)
+            index = tl.fma(x + 1.0, 32767.5, 0.5).to(tl.int32)
             tl.store(absmax_ptr + rows, absmax, mask=inside)
-            tl.store(ptr + slab, codes, mask=inside[:, None])
+            tl.store(ptr + slab, tl.load(code_ptr + index), mask=inside[:, None])
         else:
             tl.store(ptr + slab, x, mask=inside[:, None])
 

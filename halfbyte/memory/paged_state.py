@@ -29,9 +29,9 @@ class PagedState:
         self.nbytes = 0
         """Bytes handed out so far."""
 
-    def full(self, *shape: int, value: float, dtype: torch.dtype) -> torch.Tensor:
-        """Return a new tensor in pinned memory, filled with `value`."""
-        tensor = torch.full(shape, value, dtype=dtype, pin_memory=self.device.type == "cuda")
+    def zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return a new tensor of zeros in pinned memory."""
+        tensor = torch.zeros(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
         self.nbytes += tensor.nbytes
         return tensor
 
@@ -44,7 +44,7 @@ class PagedState:
         """Write to a part of the state once the kernels that read it have finished.
 
         Args:
-            part: A view of a tensor from `full`.
+            part: A view of a tensor from `zeros`.
             values: Same shape and dtype, on any device.
         """
         self._wait()

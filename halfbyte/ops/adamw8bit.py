@@ -10,30 +10,32 @@ For each parameter p with gradient g, at its own step count t:
 in fp32 whatever the parameter's dtype, which is rounded to once, at the end. Between steps m and v are codes of one
 byte, in blocks of 256 elements of the flattened parameter; a block keeps its largest magnitude in fp32:
 
-    absmax = max |x|      code = nearest(x (1 / absmax))      x' = map[code] absmax
+    absmax = max |x|      y = x (1 / absmax)      code = nearest(grid(y))      x' = map[code] absmax
 
-The map has 256 values: the signed dynamic map for m, the unsigned one for v. A number halfway between two values takes
-the lower code. A block of zeros has absmax 0 and the code of zero. Parameters of fewer than 4096 elements keep m and
-v in fp32 and divide as m / (sqrt(v) + eps c2), which is the same number rounded elsewhere.
+The map has 256 values: the signed dynamic map for m, the unsigned one for v. `grid` rounds to the nearest of 65536
+evenly spaced numbers from -1 to 1, so that the code is one table lookup:
+
+    code = code_table[trunc(fma(y + 1, 32767.5, 0.5))]
+
+A block of zeros has absmax 0 and codes 0. Parameters of fewer than 4096 elements keep m and v in fp32 and divide as
+m / (sqrt(v) + eps c2), which is the same number rounded elsewhere.
 
 **Layout.** The moments of all parameters live in one slab of K blocks each, [K, 256] codes and [K] absmax; a parameter
-starts at a block boundary and its last block is padded with the code of zero. One slab is what lets one launch, or
-one pass over cache-sized chunks, update everything; a tensor for each parameter costs 43 ms a step for 448 adapters.
+starts at a block boundary and pads its last block. One slab is what lets one launch, or one pass over cache-sized
+chunks, update everything; a launch for each parameter costs 43 ms a step for 448 adapters.
 
-**Search.** The top 16 bits of an fp32 number (sign, exponent, 7 bits of fraction) name a cell so small that at most
-one decision threshold lies in it. So `code = base[cell] + (x > threshold[cell])`: two table reads and one compare,
-exact, against eight dependent steps of a binary search (on a CPU 1.7 ns an element against 55 ns for bucketize).
-
-**Against bitsandbytes 0.50.2.** Its CPU path computes this formula, in this order. Its quantiser there first rounds
-x / absmax to one of 65536 evenly spaced numbers, so that magnitudes below 1.5e-5 of a block's largest are lost (an
-exact zero comes back as 1.4e-5 absmax); its CUDA kernel, and we on every device, take the nearest value.
-Its CUDA kernel also moves a code whose sign differs from m's to the next one, which only turns tiny negative m from 0
-into -5.5e-7 absmax, and decays the weight after the update; we do as its CPU path, and torch, do.
+**Why the grid.** All of this is what bitsandbytes 0.50.2 does on a CPU, code for code. Its CUDA kernel differs: it
+takes the nearest value without the grid, moves an m that the map would turn from negative to zero back to the
+smallest negative value, and decays the weight after the update. The grid's step, 3e-5, is coarser than the map near
+zero (5e-7), and that is a virtue: the nearest value of a v under 1.6e-7 absmax is 0, after which the next step divides
+by little more than eps. On gradients whose elements differ by four orders of magnitude, 50 steps with the grid end
+5% from AdamW in fp64 and without it 33%. The grid has no zero either: m = 0 comes back as 1.5e-5 absmax, a drift
+under 0.4% of lr a step.
 
 Price: 2.03 bytes a parameter for both moments instead of 8, against errors of up to 0.7% of absmax in m, 0.35% in v.
 
-Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861; Loshchilov and Hutter, Decoupled
-Weight Decay Regularization, arXiv 1711.05101.
+Sources: 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861; Decoupled Weight Decay Regularization, arXiv
+1711.05101.
 """
 
 # K blocks of one slab
@@ -43,20 +45,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import torch
 
-from halfbyte.errors import BackendError, ConfigError
+from halfbyte.errors import ConfigError
 from halfbyte.memory.paged_state import PagedState
+from halfbyte.ops.backend import resolve_backend
 from halfbyte.quant.codebooks import dynamic_map
 
 BLOCK_SIZE = 256
 MIN_8BIT_NUMEL = 4096
-NUM_CELLS = 1 << 16
-# The smallest divisor of a block, the smallest normal fp32 number, so that its reciprocal is finite.
-MIN_ABSMAX = 2.0**-126
+NUM_GRID = 1 << 16
+GRID_SCALE = (NUM_GRID - 1) / 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,17 +136,16 @@ class AdamWState:
             self.first_block.append(self.first_block[-1] + math.ceil(numel / BLOCK_SIZE))
         num_blocks = self.first_block[-1]
 
-        def fill(*shape: int, value: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             if paged is not None:
-                return paged.full(*shape, value=value, dtype=dtype)
-            return torch.full(shape, value, dtype=dtype, device=device)
+                return paged.zeros(*shape, dtype=dtype)
+            return torch.zeros(shape, dtype=dtype, device=device)
 
         dtype = torch.uint8 if state_bits == 8 else torch.float32
-        zero_of_m = code_of_zero(signed=True) if state_bits == 8 else 0
-        self.m = fill(num_blocks, BLOCK_SIZE, value=zero_of_m, dtype=dtype)
-        self.v = fill(num_blocks, BLOCK_SIZE, dtype=dtype)
-        self.m_absmax = fill(num_blocks) if state_bits == 8 else None
-        self.v_absmax = fill(num_blocks) if state_bits == 8 else None
+        self.m = zeros(num_blocks, BLOCK_SIZE, dtype=dtype)
+        self.v = zeros(num_blocks, BLOCK_SIZE, dtype=dtype)
+        self.m_absmax = zeros(num_blocks) if state_bits == 8 else None
+        self.v_absmax = zeros(num_blocks) if state_bits == 8 else None
 
     @property
     def nbytes(self) -> int:
@@ -171,15 +172,11 @@ def build_stepper(state: AdamWState, *, backend: str = "auto") -> Stepper:
     Raises:
         BackendError: The backend is unknown, or cannot run on the state's device.
     """
-    from halfbyte.ops import adamw8bit_torch, adamw8bit_triton
+    from halfbyte.ops.adamw8bit_torch import TorchStepper
+    from halfbyte.ops.adamw8bit_triton import TritonStepper
 
-    if backend == "auto":
-        backend = "triton" if state.device.type == "cuda" else "torch"
-    if backend == "torch":
-        return adamw8bit_torch.TorchStepper(state)
-    if backend == "triton":
-        return adamw8bit_triton.TritonStepper(state)
-    raise BackendError(f"adamw8bit has no backend {backend!r}; there are auto, torch and triton")
+    steppers: dict[str, Callable[[AdamWState], Stepper]] = {"torch": TorchStepper, "triton": TritonStepper}
+    return steppers[resolve_backend("adamw8bit", backend, state.device)](state)
 
 
 def adamw_step_reference_(
@@ -235,8 +232,11 @@ def quantize_8bit_reference(x: torch.Tensor, *, signed: bool) -> tuple[torch.Ten
     flat = x.reshape(-1)
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
     absmax = blocks.abs().amax(dim=1)
-    scaled = blocks * (1.0 / absmax.clamp(min=MIN_ABSMAX))[:, None]
-    codes = torch.bucketize(scaled, _thresholds(signed).to(x.device)).to(torch.uint8)
+    # Not a number, as 0 / 0 and inf / inf are, takes code 0.
+    scaled = (blocks * absmax.reciprocal()[:, None]).clamp(-1, 1).nan_to_num(nan=-1.0)
+    # In fp64 the product is exact, so that rounding to fp32 makes this one fused multiply-add.
+    index = ((scaled + 1).double() * GRID_SCALE + 0.5).float().int()
+    codes = code_table(signed=signed).to(x.device)[index]
     return codes.view(-1)[: flat.numel()].view(x.shape), absmax
 
 
@@ -247,24 +247,11 @@ def dequantize_8bit_reference(codes: torch.Tensor, absmax: torch.Tensor, *, sign
 
 
 @functools.cache
-def search_tables(*, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `base`, uint8 [65536], and `threshold`, fp32 [65536], indexed by the top 16 bits of an fp32 number.
-
-    The base is the code of the smallest number in the cell. Shared, on the CPU: do not write to them.
-    """
-    cells = torch.arange(NUM_CELLS, dtype=torch.int64)
-    # A negative number is smallest where the bits below the cell are all ones.
-    lowest = (cells << 16) | torch.where(cells >= NUM_CELLS // 2, 0xFFFF, 0)
-    smallest = torch.where(lowest >= 1 << 31, lowest - (1 << 32), lowest).to(torch.int32).view(torch.float32)
-    thresholds = _thresholds(signed)
-    base = torch.bucketize(smallest, thresholds)
-    above_last = torch.tensor([math.inf])
-    return base.to(torch.uint8), torch.cat([thresholds, above_last])[base]
-
-
-def code_of_zero(*, signed: bool) -> int:
-    """Return the code whose value is 0."""
-    return 127 if signed else 0
+def code_table(*, signed: bool) -> torch.Tensor:
+    """Return the code of each of the grid's numbers, uint8 [65536] on the CPU; shared, do not write to it."""
+    values = dynamic_map(signed)
+    grid = torch.arange(NUM_GRID, dtype=torch.float32) / GRID_SCALE - 1.0
+    return torch.bucketize(grid, (values[:-1] + values[1:]) / 2).to(torch.uint8)
 
 
 def check_tensors(params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> None:
@@ -278,10 +265,6 @@ def check_tensors(params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor |
             )
         if grad.dtype != param.dtype or grad.device != param.device:
             raise ConfigError(
-                f"a gradient is {grad.dtype} on {grad.device}, its parameter {param.dtype} on {param.device}; they must agree"
+                f"a gradient is {grad.dtype} on {grad.device}, its parameter {param.dtype} on {param.device}; "
+                "they must agree"
             )
-
-
-def _thresholds(signed: bool) -> torch.Tensor:
-    values = dynamic_map(signed)
-    return (values[:-1] + values[1:]) / 2

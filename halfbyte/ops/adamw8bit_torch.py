@@ -18,13 +18,12 @@ import torch
 
 from halfbyte.ops.adamw8bit import (
     BLOCK_SIZE,
-    MIN_ABSMAX,
-    NUM_CELLS,
+    GRID_SCALE,
     AdamWOptions,
     AdamWState,
     StepControl,
     check_tensors,
-    search_tables,
+    code_table,
 )
 from halfbyte.quant.codebooks import dynamic_map
 
@@ -124,7 +123,6 @@ class Scratch:
 
         self.param, self.grad, self.m, self.v, self.spare = (buffer(torch.float32) for _ in range(5))
         self.index = buffer(torch.int32)
-        self.above = buffer(torch.bool)
         self.m_coder = Coder(signed=True, device=device)
         self.v_coder = Coder(signed=False, device=device)
 
@@ -138,22 +136,18 @@ class BoundChunk:
         num_blocks, rows = chunk.num_blocks, slice(chunk.first_block, chunk.first_block + chunk.num_blocks)
         self.param, self.grad = scratch.param[:num_blocks], scratch.grad[:num_blocks]
         self.m, self.v, self.spare = scratch.m[:num_blocks], scratch.v[:num_blocks], scratch.spare[:num_blocks]
-        self.index, self.above = scratch.index[:num_blocks], scratch.above[:num_blocks]
+        self.index = scratch.index[:num_blocks]
         self.param_parts = _parts_of(self.param, chunk.pieces)
         self.grad_parts = _parts_of(self.grad, chunk.pieces)
-        self.has_padding = any(piece.stop % BLOCK_SIZE for piece in chunk.pieces)
+        self.padding = _padding_of(self.m, chunk.pieces) + _padding_of(self.v, chunk.pieces)
         self.stored_m, self.stored_v = state.m[rows], state.v[rows]
         self.in_8bit = state.m_absmax is not None and state.v_absmax is not None
         if state.m_absmax is not None and state.v_absmax is not None:
             self.m_absmax, self.v_absmax = state.m_absmax[rows], state.v_absmax[rows]
 
-    def load(
-        self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None], *, grad_scale: float
-    ) -> None:
+    def load(self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None], *, grad_scale: float) -> None:
         """Copy parameters and gradients to scratch, in fp32."""
         torch._foreach_copy_(self.param_parts, self._parts_in(params))
-        if self.has_padding:
-            self.grad.zero_()
         torch._foreach_copy_(self.grad_parts, self._parts_in(grads))
         if grad_scale != 1.0:
             self.grad.div_(grad_scale)
@@ -174,8 +168,11 @@ class BoundChunk:
             param.mul_(1.0 - options.lr * options.weight_decay)
         if self.in_8bit:
             param.addcdiv_(m, spare.div_(c2).add_(options.eps), value=-options.lr / c1)
-            self.scratch.m_coder.quantize(m, self.stored_m, self.m_absmax, bound=self)
-            self.scratch.v_coder.quantize(v, self.stored_v, self.v_absmax, bound=self)
+            if self.padding:
+                # Zero comes back as a little more than zero, which must not become a block's largest magnitude.
+                torch._foreach_zero_(self.padding)
+            self.scratch.m_coder.quantize(m, self.stored_m, self.m_absmax, index=self.index, spare=spare)
+            self.scratch.v_coder.quantize(v, self.stored_v, self.v_absmax, index=self.index, spare=spare)
         else:
             torch.div(m, spare.add_(options.eps * c2), out=spare)
             param.add_(spare, alpha=-options.lr * c2 / c1)
@@ -199,10 +196,7 @@ class Coder:
 
     def __init__(self, *, signed: bool, device: torch.device) -> None:
         self.values = dynamic_map(signed).to(device)
-        self.base, self.threshold = (table.to(device) for table in search_tables(signed=signed))
-        # As tensors, because a number is wrapped in a new one at each call.
-        self.low_bits = torch.tensor(16, dtype=torch.int32, device=device)
-        self.cell_mask = torch.tensor(NUM_CELLS - 1, dtype=torch.int32, device=device)
+        self.codes = code_table(signed=signed).to(device)
 
     def dequantize(self, codes: torch.Tensor, absmax: torch.Tensor, *, index: torch.Tensor, out: torch.Tensor) -> None:
         """Restore fp32 values."""
@@ -210,15 +204,15 @@ class Coder:
         torch.index_select(self.values, 0, index.view(-1), out=out.view(-1))
         out.mul_(absmax[:, None])
 
-    def quantize(self, x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, *, bound: BoundChunk) -> None:
-        """Write the codes and absmax of x; overwrites x and the chunk's spare, index and above."""
-        spare, cell = bound.spare, bound.index
+    def quantize(
+        self, x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, *, index: torch.Tensor, spare: torch.Tensor
+    ) -> None:
+        """Write the codes and absmax of x, which is overwritten."""
         torch.amax(torch.abs(x, out=spare), dim=1, out=absmax)
-        x.mul_(absmax.clamp(min=MIN_ABSMAX).reciprocal_()[:, None])
-        torch.bitwise_right_shift(x.view(torch.int32), self.low_bits, out=cell).bitwise_and_(self.cell_mask)
-        torch.index_select(self.base, 0, cell.view(-1), out=codes.view(-1))
-        torch.index_select(self.threshold, 0, cell.view(-1), out=spare.view(-1))
-        codes.add_(torch.gt(x, spare, out=bound.above).view(torch.uint8))
+        x.mul_(absmax.reciprocal()[:, None]).clamp_(-1.0, 1.0).add_(1.0)
+        # An add with a factor is a fused multiply-add. Not a number becomes the smallest integer, and so code 0.
+        index.copy_(spare.fill_(0.5).add_(x, alpha=GRID_SCALE)).clamp_(min=0)
+        torch.index_select(self.codes, 0, index.view(-1), out=codes.view(-1))
 
 
 def make_chunks(state: AdamWState, *, chunk_numel: int) -> list[Chunk]:
@@ -257,3 +251,10 @@ def _parts_of(buffer: torch.Tensor, pieces: tuple[Piece, ...]) -> list[torch.Ten
     """Cut a scratch buffer [K, 256] into flat parts of the pieces' sizes, padding left out."""
     padded = buffer.view(-1).split_with_sizes([piece.num_blocks * BLOCK_SIZE for piece in pieces])
     return [part[: piece.stop - piece.start] for part, piece in zip(padded, pieces, strict=True)]
+
+
+def _padding_of(buffer: torch.Tensor, pieces: tuple[Piece, ...]) -> list[torch.Tensor]:
+    """Return the parts of a scratch buffer [K, 256] that belong to no piece."""
+    padded = buffer.view(-1).split_with_sizes([piece.num_blocks * BLOCK_SIZE for piece in pieces])
+    rests = [part[piece.stop - piece.start :] for part, piece in zip(padded, pieces, strict=True)]
+    return [rest for rest in rests if rest.numel()]

@@ -14,9 +14,8 @@ from collections.abc import Sequence
 
 import torch
 
-from halfbyte.errors import BackendError
 from halfbyte.kernels import adamw8bit as kernels
-from halfbyte.ops.adamw8bit import AdamWOptions, AdamWState, StepControl, check_tensors, search_tables
+from halfbyte.ops.adamw8bit import AdamWOptions, AdamWState, StepControl, check_tensors, code_table
 from halfbyte.quant.codebooks import dynamic_map
 
 # In bytes of an address and in elements of a tensor.
@@ -24,19 +23,11 @@ ALIGNMENT = 16
 
 
 class TritonStepper:
-    """Updates the tensors of one state, all of one dtype, with one launch.
-
-    Raises:
-        BackendError: The state's device is no GPU, and the Triton interpreter is off.
-    """
+    """Updates the tensors of one state, all of one dtype, with one launch."""
 
     def __init__(self, state: AdamWState) -> None:
-        if state.device.type != "cuda" and not kernels.is_interpreted():
-            raise BackendError(f"adamw8bit on {state.device}: the triton backend needs a GPU; use backend='torch'")
         self.state = state
-        self.tables = kernels.build_tables(
-            state.numels, state.first_block[:-1], state.group_of, device=state.device
-        )
+        self.tables = kernels.build_tables(state.numels, state.first_block[:-1], state.group_of, device=state.device)
         self.moments = kernels.Moments(state.m, state.v, state.m_absmax, state.v_absmax)
         self.codes = code_tables(state.device) if state.state_bits == 8 else None
         self._addresses: list[int] = []
@@ -90,11 +81,9 @@ class TritonStepper:
 @functools.cache
 def code_tables(device: torch.device) -> kernels.CodeTables:
     """Return the maps and search tables on a device, shared by all states there."""
-    (m_base, m_threshold), (v_base, v_threshold) = search_tables(signed=True), search_tables(signed=False)
     return kernels.CodeTables(
         values=torch.stack([dynamic_map(True), dynamic_map(False)]).to(device),
-        base=torch.stack([m_base, v_base]).to(device),
-        threshold=torch.stack([m_threshold, v_threshold]).to(device),
+        codes=torch.stack([code_table(signed=True), code_table(signed=False)]).to(device),
     )
 
 

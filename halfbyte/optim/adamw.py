@@ -83,7 +83,7 @@ class FlatAdamW(torch.optim.Optimizer):
             self._import_state(saved)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update all parameters that have a gradient."""
         if closure is not None:
             raise ConfigError(
@@ -92,9 +92,7 @@ class FlatAdamW(torch.optim.Optimizer):
         if not self._cohorts:
             self._cohorts = self._build_cohorts()
         groups = [_options_of(group) for group in self.param_groups]
-        control = StepControl(
-            grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None)
-        )
+        control = StepControl(grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None))
         for cohort in self._cohorts:
             grads = [param.grad for param in cohort.params]
             cohort.stepper.step_(cohort.params, grads, groups=groups, control=control)
@@ -126,9 +124,7 @@ class FlatAdamW(torch.optim.Optimizer):
                 index += 1
         return [self._build_cohort(device, bits, rows) for (device, _, bits), rows in members.items()]
 
-    def _build_cohort(
-        self, device: torch.device, bits: int, rows: list[tuple[int, int, torch.nn.Parameter]]
-    ) -> Cohort:
+    def _build_cohort(self, device: torch.device, bits: int, rows: list[tuple[int, int, torch.nn.Parameter]]) -> Cohort:
         indices, group_of, params = zip(*rows, strict=True)
         state = AdamWState(
             [param.numel() for param in params],
@@ -174,7 +170,7 @@ class AdamW8bit(FlatAdamW):
     """AdamW with moments in 8 bits, blockwise, as bitsandbytes' AdamW8bit.
 
     Args:
-        params: Parameters or groups of them, fp32, bf16 or fp16; embeddings of fewer than 4096 elements included.
+        params: Parameters or groups of them, fp32, bf16 or fp16. Those of fewer than 4096 elements keep fp32 moments.
         lr: Learning rate.
         betas: Decay rates of m and v.
         eps: Added to the root of v.

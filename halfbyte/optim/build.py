@@ -49,7 +49,7 @@ def build_optimizer(
     """
     if name not in _BUILDERS:
         near = difflib.get_close_matches(name, OPTIMIZERS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"no optimizer is named {name!r}{hint} There are: {', '.join(OPTIMIZERS)}")
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"no optimizer is named {name!r}; {hint}there are: {', '.join(OPTIMIZERS)}")
     build, extra = _BUILDERS[name]
     return build(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **extra)
