@@ -59,11 +59,12 @@ def _trainable_copy(original: nn.Module) -> nn.Module:
     trained = nn.ModuleDict({"root": copy.deepcopy(original)})
     for name, module in list(trained.named_modules()):
         if isinstance(module, Linear4bit):
-            replace_module(trained, name, _plain_linear(module))
+            replace_module(trained, name, plain_linear(module))
     return trained["root"].float().requires_grad_(True)
 
 
-def _plain_linear(module: Linear4bit) -> nn.Linear:
+def plain_linear(module: Linear4bit) -> nn.Linear:
+    """Return an fp32 layer of what a 4-bit layer dequantises to."""
     plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
     plain.weight = nn.Parameter(module.weight.float())
     if module.bias is not None:

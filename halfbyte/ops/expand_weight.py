@@ -39,4 +39,4 @@ def expand_weight(weight: FrozenWeight, *, dtype: torch.dtype, workspace: Worksp
         buffer = workspace.take(WEIGHT_BUFFER, tuple(weight.shape), dtype=dtype, device=weight.device)
         return buffer.copy_(weight.detach())
     buffer = workspace.take(WEIGHT_BUFFER, weight.shape, dtype=dtype, device=weight.device)
-    return dequantize_4bit(weight, out=buffer)
+    return dequantize_4bit(weight, out=buffer, workspace=workspace)
