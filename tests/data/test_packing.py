@@ -133,6 +133,8 @@ def test_packed_dataset_order_is_a_function_of_seed_and_epoch() -> None:
     assert order(1, [2]) != order(1, [3])
     assert order(1, [2]) != order(2, [2])
     assert {frozenset(row) for row in order(1, [2])} != {frozenset(row) for row in order(1, [3])}
+    longest = [max(len(examples[int(origin)]) for origin in row) for row in order(1, [2])]
+    assert longest != sorted(longest, reverse=True)
 
 
 def test_packed_dataset_keeps_its_order_for_evaluation() -> None:

@@ -130,6 +130,9 @@ def test_render_adds_the_system_prompt_where_there_is_none(byte_level: PreTraine
     assert shown(renderer, talk(ASKED, ANSWER))[0][0][0].startswith("<|im_start|>system\nBe kind.<|im_end|>")
     assert shown(renderer, talk(own, ASKED, ANSWER))[0][0][0].startswith("<|im_start|>system\nBe rude.<|im_end|>")
     assert "1 examples without a system prompt were given data.system" in renderer.notes
+    # The system turn moves all others, those that are only read as well.
+    partly = talk(ASKED, ANSWER, ASKED, {**ANSWER, "content": "Yes."}, context_turns=frozenset({1}))
+    assert [text for text, is_learned in shown(renderer, partly)[0] if is_learned] == ["Yes.<|im_end|>"]
 
 
 def test_render_folds_the_system_prompt_where_the_template_takes_none() -> None:

@@ -35,6 +35,18 @@ def test_length_grouped_sampler_gives_each_example_once(lengths: list[int], batc
         assert max(lengths) in [lengths[index] for index in order[:batch_size]]
 
 
+def test_length_grouped_sampler_keeps_a_batch_that_is_not_full_last() -> None:
+    lengths = [9, *[3] * 4, *[2] * 4, *[1] * 4]
+    sampler = LengthGroupedSampler(lengths, batch_size=4, seed=0)
+    for epoch in range(10):
+        sampler.set_epoch(epoch)
+        in_order = [lengths[index] for index in sampler]
+        batches = [tuple(in_order[at : at + 4]) for at in range(0, 13, 4)]
+        assert batches[0] == (9, 3, 3, 3)
+        assert batches[-1] == (1,)
+        assert sorted(batches[1:3]) == [(2, 1, 1, 1), (3, 2, 2, 2)]
+
+
 def test_length_grouped_sampler_pads_little() -> None:
     generator = random.Random(0)
     lengths = [max(8, int(generator.lognormvariate(5.0, 0.7))) for _ in range(2000)]
