@@ -51,7 +51,9 @@ class SavedModule(nn.Module):
 
     def _compute_dtype(self, args: tuple[Any, ...]) -> torch.dtype:
         inputs = [a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
-        own = [p.dtype for p in self.original.parameters() if p.is_floating_point()]
+        # An embedding kept in 16 bits under fp32 products says so itself.
+        widened = getattr(self.original, "compute_dtype", None)
+        own = [widened] if widened else [p.dtype for p in self.original.parameters() if p.is_floating_point()]
         return (inputs or own or [torch.float32])[0]
 
 
