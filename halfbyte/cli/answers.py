@@ -47,8 +47,8 @@ def build_chat_renderer(args: argparse.Namespace, source: TunedSource, tuned: Tu
     """Return what turns a conversation into tokens, the way it was done in training."""
     from halfbyte.data import build_renderer
 
-    system = source.data.system if args.system is None else args.system
-    return build_renderer(tuned.tokenizer, chat_template=source.data.chat_template, system=system or None)
+    system = source.config.data.system if args.system is None else args.system
+    return build_renderer(tuned.tokenizer, chat_template=source.config.data.chat_template, system=system or None)
 
 
 def check_comparable(args: argparse.Namespace, source: TunedSource) -> None:

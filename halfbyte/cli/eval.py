@@ -36,16 +36,18 @@ def run(args: argparse.Namespace) -> int:
     source = find_tuned(args.tuned, args.overrides)
     console = progress_console()
     tuned = load_tuned(source, console=console)
-    prepared = read_examples(args.held_out, source.data, tuned)
+    prepared = read_examples(args.held_out, source.config.data, tuned)
     console.print(str(prepared.report), markup=False)
 
     from halfbyte.nn import adapters_disabled
 
     figures: dict[str, HeldOut] = {}
     with adapters_disabled(tuned.model):
-        figures["base" if tuned.has_adapter else "model"] = measure(tuned, prepared, source.data, args.batch_size)
+        figures["base" if tuned.has_adapter else "model"] = measure(
+            tuned, prepared, source.config.data, args.batch_size
+        )
     if tuned.has_adapter:
-        figures["tuned"] = measure(tuned, prepared, source.data, args.batch_size)
+        figures["tuned"] = measure(tuned, prepared, source.config.data, args.batch_size)
     if args.json:
         record = {
             name: {"loss": held_out.loss, "perplexity": held_out.perplexity, "num_tokens": held_out.num_tokens}

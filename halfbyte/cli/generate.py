@@ -80,7 +80,7 @@ def encode(questions: list[str], args: argparse.Namespace, source: TunedSource, 
     """Return the tokens of each prompt: as a user's turn, or as plain text to go on from."""
     from halfbyte.models.generate import encode_prompt
 
-    if args.raw or not (tuned.tokenizer.chat_template or source.data.chat_template):
+    if args.raw or not (tuned.tokenizer.chat_template or source.config.data.chat_template):
         return [encode_prompt(tuned.tokenizer, question) for question in questions]
     renderer = build_chat_renderer(args, source, tuned)
     return [renderer.render_chat([{"role": "user", "content": question}]) for question in questions]

@@ -42,7 +42,8 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"halfbyte: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("halfbyte: interrupted", file=sys.stderr)
+        # A terminal has just echoed ^C in the middle of a line.
+        print("\nhalfbyte: interrupted" if sys.stderr.isatty() else "halfbyte: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Whoever read our output has left (`| head`); the interpreter would complain again when it flushes at exit.

@@ -39,10 +39,11 @@ def run(args: argparse.Namespace) -> int:
     console = progress_console()
 
     from halfbyte.export import merge_adapter
+    from halfbyte.models import resolve_source
 
-    report = merge_adapter(
-        source.model.path, source.adapter, output, onto=args.onto, dtype=args.dtype, spec=quant_spec(source.quant)
-    )
+    base = resolve_source(source.config.model.path, source.config.model.revision)
+    spec = quant_spec(source.config.quant)
+    report = merge_adapter(base, source.adapter, output, onto=args.onto, dtype=args.dtype, spec=spec)
     console.print(str(report), markup=False)
     console.print(f"wrote {output}", style="bold", markup=False)
     return 0

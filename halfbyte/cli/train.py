@@ -42,13 +42,8 @@ def run(args: argparse.Namespace) -> int:
     add_override(args, "train.resume", "true" if args.resume else None)
     add_override(args, "train.overwrite", "true" if args.overwrite else None)
     config = resolve_output_dir(load_config(path, args.overrides))
-    console = progress_console()
-    console.print(f"writing to {config.output_dir}", style="bold", markup=False)
 
     from halfbyte.train import run_training
 
-    run_training(config, console=console)
-    console.print(
-        f"next: halfbyte chat {config.output_dir}   |   halfbyte merge {config.output_dir} MERGED", markup=False
-    )
+    run_training(config, console=progress_console())
     return 0

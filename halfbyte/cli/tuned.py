@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.config import DataSection, ModelSection, QuantSection
-from halfbyte.config.load import make_section, parse_overrides, read_yaml
+from halfbyte.config import QuantSection, RunConfig
+from halfbyte.config.load import make_config, parse_overrides, read_yaml
 from halfbyte.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
@@ -27,10 +27,8 @@ if TYPE_CHECKING:
 class TunedSource:
     """A base model and the adapter for it."""
 
-    model: ModelSection
-    quant: QuantSection
-    data: DataSection
-    """How its examples were read; `train` is empty where no run tells."""
+    config: RunConfig
+    """How the base is held and examples are read; data.train is empty where no run tells."""
     adapter: Path | None
     tokenizer: Path | None
     """Folder of a tokenizer that came with the adapter; None for the base's own."""
@@ -69,12 +67,11 @@ def find_tuned(name: str, overrides: Mapping[str, str]) -> TunedSource:
         if folder.is_dir() and not (folder / "config.json").exists():
             raise ConfigError(f"{folder} holds no run, adapter or model")
         values |= {"model.path": name, "quant.enabled": False}
-    values |= given
+    if "model.dtype" in given:
+        values = {name: value for name, value in values.items() if name not in ("train.bf16", "train.fp16")}
     has_tokenizer = has_adapter and (folder / "tokenizer_config.json").exists()
     return TunedSource(
-        model=make_section("model", values),
-        quant=make_section("quant", values),
-        data=make_section("data", values),
+        config=make_config(values | given),
         adapter=folder if has_adapter else None,
         tokenizer=folder if has_tokenizer else None,
     )
@@ -84,16 +81,17 @@ def load_tuned(source: TunedSource, *, console: Console) -> TunedModel:
     """Load base, adapter and tokenizer, telling `console` what was found."""
     from halfbyte.device import keep_freed_memory
     from halfbyte.models import load_adapter, load_model
+    from halfbyte.models.attention import PACKED_ATTENTION
 
-    options = source.model
+    options = source.config.model
     with console.status(f"loading {options.path}"):
         loaded = load_model(
             options.path,
-            quant=quant_spec(source.quant),
-            compute_dtype=options.dtype,
+            quant=quant_spec(source.config.quant),
+            compute_dtype=source.config.compute_dtype,
             device=options.device,
             allow_16bit_experts=options.allow_16bit_experts,
-            attn_implementation=options.attention,
+            attn_implementation=options.attention or PACKED_ATTENTION,
             revision=options.revision,
         )
     console.print(str(loaded.report), markup=False)
