@@ -4,6 +4,8 @@ from halfbyte.train.arguments import HalfbyteArguments
 from halfbyte.train.batches import BatchOptions, iter_batches, pad_id_of
 from halfbyte.train.evaluate import HeldOut, evaluate_loss
 from halfbyte.train.guard import DivergedError
+from halfbyte.train.run import RunResult, run_training
+from halfbyte.train.summary import Summary
 from halfbyte.train.trainer import HalfbyteTrainer, TrainerOptions
 
 __all__ = [
@@ -12,8 +14,11 @@ __all__ = [
     "HalfbyteArguments",
     "HalfbyteTrainer",
     "HeldOut",
+    "RunResult",
+    "Summary",
     "TrainerOptions",
     "evaluate_loss",
     "iter_batches",
     "pad_id_of",
+    "run_training",
 ]

@@ -27,11 +27,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from halfbyte.errors import ConfigError, FormatError
-from halfbyte.models.adapter_files import find_adapter_weights, read_adapter
+from halfbyte.models.adapter_files import PREFIX, WEIGHTS_FILE
 from halfbyte.nn import iter_lora
 from halfbyte.nn.attach import iter_saved
 
@@ -106,29 +108,31 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
 def restore_adapter_(model: PreTrainedModel, folder: Path) -> None:
     """Write the adapter of a checkpoint into the adapters that the model has.
 
+    Unlike `load_adapter` this takes an adapter that has no effect yet, as after a first step of warmup.
+
     Raises:
         FormatError: It is damaged or of other layers.
     """
-    tensors = read_adapter(model, find_adapter_weights(folder))
-    values = adapter_parameters(model)
-    found = {(path, "lora_A"): t for path, t in tensors.lora_A.items()}
-    found |= {(path, "lora_B"): t for path, t in tensors.lora_B.items()}
-    found |= {(path, name): t for path, parameters in tensors.saved.items() for name, t in parameters.items()}
-    if {key: tuple(t.shape) for key, t in found.items()} != {key: tuple(p.shape) for key, p in values.items()}:
-        raise FormatError(
-            f"{folder} holds the adapter of other layers than the model has; resume with the same options"
-        )
-    for key, parameter in values.items():
+    path = folder / WEIGHTS_FILE
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise FormatError(f"{path} cannot be read: {error}") from error
+    parameters = adapter_parameters(model)
+    if {key: t.shape for key, t in found.items()} != {key: p.shape for key, p in parameters.items()}:
+        raise FormatError(f"{path} holds the adapter of other layers than the model has; resume with the same options")
+    for key, parameter in parameters.items():
         parameter.copy_(found[key])
 
 
-def adapter_parameters(model: nn.Module) -> dict[tuple[str, str], nn.Parameter]:
-    """Return every parameter of a model's adapters by the path of its layer and its name."""
-    parameters = {
-        (path, name): getattr(layer, name) for path, layer in iter_lora(model) for name in ("lora_A", "lora_B")
-    }
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return every parameter of a model's adapters under its key in the adapter's file."""
+    parameters: dict[str, nn.Parameter] = {}
+    for path, layer in iter_lora(model):
+        parameters[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A
+        parameters[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B
     for path, module in iter_saved(model):
-        parameters |= {(path, name): parameter for name, parameter in module.trained.named_parameters()}
+        parameters |= {f"{PREFIX}{path}.{name}": parameter for name, parameter in module.trained.named_parameters()}
     return parameters
 
 

@@ -22,6 +22,7 @@ class Meter:
         self.device = device
         self.num_tokens = 0
         self.num_trained_tokens = 0
+        self.num_steps = 0
         self.seconds = 0.0
         self._started: float | None = None
         self._last = (0, 0, 0.0)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,12 +123,13 @@ class HalfbyteTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback):
-                callback.logging_dir = args.logging_dir or str(Path(args.output_dir) / "logs")
+                callback.logging_dir = args.logging_dir or str(Path(self.args.output_dir) / "logs")
         # Read by transformers 5.17, which has no loss_is_scaled_for_ga.
         self.model_accepts_loss_kwargs = True
         self.model_device = next(model.parameters()).device
         self.meter = Meter(self.model_device)
         self.held_out: HeldOut | None = None
+        self.held_out_step = -1
         self.loss_path = LossPath(model)
         self.notes.append(self.loss_path.note)
         if options.row_tokens is not None:
@@ -135,6 +137,11 @@ class HalfbyteTrainer(Trainer):
         self.guard: StepGuard | None = None
         self.scaler = LossScaler(self.model_device) if compute_dtype_of(model) == torch.float16 else None
         self._trainable_count, self._total_count = count_parameters(model)
+        on, note = choose_checkpointing(
+            model, self.loss_path, wanted=args.checkpointing, num_tokens=self._largest_batch_tokens()
+        )
+        args.set_checkpointing(on)
+        self.notes.append(note)
 
     # Data
 
@@ -214,6 +221,7 @@ class HalfbyteTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         assert self.guard is not None
+        self.meter.num_steps += 1
         return self.guard.close_step(self.state.global_step + 1)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
@@ -227,11 +235,6 @@ class HalfbyteTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
         """Train, and leave adapter and tokenizer in the output folder."""
-        on, note = choose_checkpointing(
-            self.model, self.loss_path, wanted=self.args.checkpointing, num_tokens=self._largest_batch_tokens()
-        )
-        self.args.set_checkpointing(on)
-        self.notes.append(note)
         try:
             result = super().train(resume_from_checkpoint, *args, **options)
             assert self.guard is not None
@@ -255,13 +258,8 @@ class HalfbyteTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Measure the held-out loss, and tell the loggers."""
-        examples = self.eval_dataset if eval_dataset is None else eval_dataset
-        if not examples:
-            raise ConfigError("evaluation needs held-out examples; give eval_dataset")
         started = time.perf_counter()
-        with self.meter.paused():
-            batches = iter_batches(examples, self.batch_options(), batch_size=self.args.per_device_eval_batch_size)
-            self.held_out = evaluate_loss(self.model, batches, loss_path=self.loss_path)
+        self.held_out, self.held_out_step = self.measure(eval_dataset), self.state.global_step
         metrics = {
             f"{metric_key_prefix}_loss": self.held_out.loss,
             f"{metric_key_prefix}_perplexity": self.held_out.perplexity,
@@ -271,6 +269,29 @@ class HalfbyteTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def measure(self, examples: Sequence[TokenizedExample] | None = None) -> HeldOut:
+        """Return the held-out loss of the model as it stands, and tell nobody."""
+        examples = self.eval_dataset if examples is None else examples
+        if not examples:
+            raise ConfigError("evaluation needs held-out examples; give eval_dataset")
+        with self.meter.paused():
+            batches = iter_batches(examples, self.batch_options(), batch_size=self.args.per_device_eval_batch_size)
+            return evaluate_loss(self.model, batches, loss_path=self.loss_path)
+
+    def describe_plan(self) -> str:
+        """Say how many steps there will be, and what each of them holds."""
+        args, batches = self.args, len(self.get_train_dataloader())
+        optimizer, scheduler = (getattr(name, "value", name) for name in (args.optim, args.lr_scheduler_type))
+        per_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+        kind = f"rows of {self.options.row_tokens} tokens" if self.options.row_tokens else "padded examples"
+        times = f"{args.gradient_accumulation_steps} x " if args.gradient_accumulation_steps > 1 else ""
+        return (
+            f"plan: {steps} steps ({steps / per_epoch:.3g} epochs of {per_epoch}), each of "
+            f"{times}{args.per_device_train_batch_size} {kind}; {optimizer}, learning rate {args.learning_rate:g}, "
+            f"{scheduler} after {args.get_warmup_steps(steps)} steps of warmup"
+        )
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         raise ConfigError("predict() would hold all logits; use evaluate(), or halfbyte.models.generate")

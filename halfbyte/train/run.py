@@ -1,0 +1,138 @@
+"""A whole run: a model and a file of examples in, a tuned model out.
+
+    load -> read, split, tokenise -> attach adapters -> measure -> train -> measure again -> summary
+
+Everything a run leaves is in its output folder: adapter and tokenizer, run.yaml, summary.json, logs/, checkpoint-N/.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from halfbyte.config import RunConfig, resolve_output_dir
+from halfbyte.config.load import save_run_config
+from halfbyte.device import keep_freed_memory, resolve_device
+from halfbyte.nn import adapters_disabled
+from halfbyte.train.callbacks import ProgressLine
+from halfbyte.train.evaluate import HeldOut
+from halfbyte.train.samples import Sample, answer_questions, choose_questions
+from halfbyte.train.setup import RunData, attach, build_arguments, load_base, load_data, prepare_folder
+from halfbyte.train.summary import Comparison, Summary, make_summary, print_summary
+from halfbyte.train.trainer import HalfbyteTrainer, TrainerOptions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run leaves in memory."""
+
+    output_dir: Path
+    model: PreTrainedModel
+    """With its adapters, in eval mode."""
+    tokenizer: PreTrainedTokenizerBase
+    summary: Summary
+
+
+def run_training(config: RunConfig, *, console: Console | None = None) -> RunResult:
+    """Train as the config says.
+
+    Args:
+        config: The run.
+        console: Where progress and summary go; by default stderr.
+
+    Raises:
+        HalfbyteError: Something cannot be honoured, read or gone on with; the message says what to do.
+    """
+    started = time.perf_counter()
+    console = console or Console(stderr=True, highlight=False)
+    config = resolve_output_dir(config)
+    if resolve_device(config.model.device).type == "cpu":
+        keep_freed_memory()
+    loaded = load_base(config, console)
+    _say(console, loaded.report)
+    data = load_data(config, loaded.tokenizer, console)
+    spec, report = attach(loaded.model, config)
+    _say(console, report)
+    folder = prepare_folder(config)
+    save_run_config(config, folder)
+    progress = ProgressLine(console)
+    trainer = HalfbyteTrainer(
+        loaded.model,
+        build_arguments(config, on_cpu=loaded.report.device.type == "cpu", has_held_out=data.held_out is not None),
+        train_dataset=data.train.examples,
+        eval_dataset=None if data.held_out is None else data.held_out.examples,
+        processing_class=loaded.tokenizer,
+        callbacks=[progress],
+        options=TrainerOptions(
+            row_tokens=config.data.max_length if config.data.packing else None, base_model=config.model.path, lora=spec
+        ),
+    )
+    for line in (*trainer.notes, trainer.describe_plan(), f"writing to {folder}"):
+        _say(console, line)
+    judge = _Judge(trainer, data, config)
+    before = judge.ask_base()
+    if before.held_out is not None:
+        _say(console, f"before training: held-out {before.held_out}")
+    try:
+        trainer.train(resume_from_checkpoint=config.train.resume)
+    finally:
+        progress.close()
+    comparison = judge.compare(before, judge.ask_tuned())
+    summary = make_summary(trainer, report, comparison, seconds=time.perf_counter() - started)
+    summary.save(folder)
+    print_summary(console, summary, folder)
+    loaded.model.eval()
+    return RunResult(output_dir=folder, model=loaded.model, tokenizer=loaded.tokenizer, summary=summary)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Verdict:
+    held_out: HeldOut | None
+    answers: list[str]
+
+
+class _Judge:
+    """Measures the base and the tuned model on the same held-out text and questions."""
+
+    def __init__(self, trainer: HalfbyteTrainer, data: RunData, config: RunConfig) -> None:
+        self.trainer = trainer
+        self.max_new_tokens = config.train.max_sample_tokens
+        self.questions = choose_questions(
+            data.held_out_examples, data.renderer, count=config.train.num_samples, max_tokens=config.data.max_length
+        )
+
+    def ask_base(self) -> _Verdict:
+        with adapters_disabled(self.trainer.model):
+            held_out = self.trainer.measure() if self.trainer.eval_dataset else None
+        return _Verdict(held_out, self._answers(by_base=True))
+
+    def ask_tuned(self) -> _Verdict:
+        is_measured = self.trainer.held_out_step == self.trainer.state.global_step
+        held_out = self.trainer.held_out if is_measured else None
+        if held_out is None and self.trainer.eval_dataset:
+            held_out = self.trainer.measure()
+        return _Verdict(held_out, self._answers(by_base=False))
+
+    def compare(self, before: _Verdict, after: _Verdict) -> Comparison:
+        answers = zip(self.questions, before.answers, after.answers, strict=True)
+        return Comparison(
+            before=before.held_out,
+            after=after.held_out,
+            samples=tuple(
+                Sample(origin=q.origin, question=q.text, expected=q.expected, before=first, after=second)
+                for q, first, second in answers
+            ),
+        )
+
+    def _answers(self, *, by_base: bool) -> list[str]:
+        model, tokenizer = self.trainer.model, self.trainer.processing_class
+        assert isinstance(tokenizer, PreTrainedTokenizerBase)
+        return answer_questions(model, tokenizer, self.questions, max_new_tokens=self.max_new_tokens, by_base=by_base)
+
+
+def _say(console: Console, text: object) -> None:
+    console.print(str(text), markup=False, highlight=False, soft_wrap=True)

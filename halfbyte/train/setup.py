@@ -1,0 +1,167 @@
+"""The parts of a run, made from its config: model, data, adapters, training arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from halfbyte.config import DataSection, LoraSection, RunConfig
+from halfbyte.config.output import RUN_FILES
+from halfbyte.data import Example, PreparedData, Renderer, build_renderer, load_examples, prepare, split_held_out
+from halfbyte.errors import ConfigError
+from halfbyte.models import LoadedModel, load_model
+from halfbyte.models.adapter_config import read_adapter_config, spec_from_adapter_config
+from halfbyte.models.adapter_files import find_adapter_weights, load_adapter
+from halfbyte.models.attention import PACKED_ATTENTION
+from halfbyte.nn import AdapterReport, LoraSpec, attach_adapters
+from halfbyte.quant import QuantSpec
+from halfbyte.train.arguments import HalfbyteArguments
+from halfbyte.train.checkpoint import list_checkpoints
+
+# Fields of the train section that are no training arguments of transformers, or go there in another form.
+NOT_ARGUMENTS = {"num_samples", "max_sample_tokens", "resume", "overwrite", "bf16", "fp16", "eval_steps", "save_steps"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunData:
+    """The examples of a run, to train on and held out."""
+
+    train: PreparedData
+    held_out: PreparedData | None
+    held_out_examples: list[Example]
+    renderer: Renderer
+
+
+def prepare_folder(config: RunConfig) -> Path:
+    """Make the output folder, and empty it of an old run where that is to be replaced."""
+    assert config.output_dir is not None
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.train.overwrite:
+        for path in (*list_checkpoints(folder), folder / "logs"):
+            shutil.rmtree(path, ignore_errors=True)
+        for name in RUN_FILES:
+            (folder / name).unlink(missing_ok=True)
+    return folder
+
+
+def load_base(config: RunConfig, console: Console) -> LoadedModel:
+    """Load the base model as the config says, with our attention unless it names another."""
+    path = config.model.path
+    with console.status(f"loading {path}") as status:
+        loaded = load_model(
+            path,
+            quant=make_quant_spec(config),
+            compute_dtype=config.compute_dtype,
+            device=config.model.device,
+            allow_16bit_experts=config.model.allow_16bit_experts,
+            attn_implementation=config.model.attention or PACKED_ATTENTION,
+            revision=config.model.revision,
+            on_progress=lambda done, total: status.update(f"loading {path}: {done / max(total, 1):.0%}"),
+        )
+    _check_context(loaded.model, config)
+    return loaded
+
+
+def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, console: Console) -> RunData:
+    """Read, split and tokenise the examples, telling `console` what was found; the template goes to the tokenizer."""
+    options = config.data
+    renderer = build_renderer(
+        tokenizer, chat_template=options.chat_template, system=options.system, train_on=options.train_on
+    )
+    loaded = load_examples(options.train, format=options.format, columns=options.columns, split=options.split)
+    _say(console, loaded.report)
+    if options.held_out is not None:
+        training = loaded.examples
+        other = load_examples(options.held_out, format=options.format, columns=options.columns, split=options.split)
+        _say(console, other.report)
+        held_out = other.examples
+    else:
+        training, held_out = split_held_out(loaded.examples, options.held_out_fraction, config.train.seed)
+    train = _prepare(training, renderer, options)
+    _say(console, train.report)
+    prepared = _prepare(held_out, renderer, options) if held_out else None
+    if prepared is not None:
+        _say(
+            console, f"held out: {prepared.report.num_examples} examples, {prepared.report.num_trained_tokens:,} tokens"
+        )
+    else:
+        _say(console, "held out: nothing, so there will be no held-out loss and no answers to compare")
+    if any(example.messages for example in training):
+        tokenizer.chat_template = renderer.chat_template
+    return RunData(train=train, held_out=prepared, held_out_examples=held_out, renderer=renderer)
+
+
+def attach(model: PreTrainedModel, config: RunConfig) -> tuple[LoraSpec, AdapterReport]:
+    """Give the model new adapters, or those of an earlier run to go on with."""
+    if config.lora.adapter is None:
+        spec = make_lora_spec(config.lora, seed=config.train.seed)
+        return spec, attach_adapters(model, spec)
+    weights = find_adapter_weights(Path(config.lora.adapter))
+    spec = spec_from_adapter_config(read_adapter_config(weights))
+    return spec, load_adapter(model, weights, trainable=True)
+
+
+def make_quant_spec(config: RunConfig) -> QuantSpec | None:
+    """Return how to quantise, or None where the config says not to."""
+    options = config.quant
+    if not options.enabled:
+        return None
+    return QuantSpec(codebook=options.codebook, block_size=options.block_size, double_quant=options.double_quant)
+
+
+def make_lora_spec(options: LoraSection, *, seed: int) -> LoraSpec:
+    """Return the adapters that the config means."""
+    names = {field.name for field in dataclasses.fields(LoraSpec)} - {"seed"}
+    values = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    return LoraSpec(**values, seed=seed)
+
+
+def build_arguments(config: RunConfig, *, on_cpu: bool, has_held_out: bool) -> HalfbyteArguments:
+    """Return the training arguments that the config means."""
+    section = config.train
+    values: dict[str, Any] = {
+        field.name: getattr(section, field.name)
+        for field in dataclasses.fields(section)
+        if field.name not in NOT_ARGUMENTS
+    }
+    values["report_to"] = list(section.report_to)
+    values["lr_scheduler_kwargs"] = dict(section.lr_scheduler_kwargs) or None
+    values["per_device_eval_batch_size"] = section.per_device_eval_batch_size or section.per_device_train_batch_size
+    if section.warmup_steps is not None:
+        values["warmup_ratio"] = 0.0
+    else:
+        del values["warmup_steps"]
+    for kind, steps, wanted in (("eval", section.eval_steps, has_held_out), ("save", section.save_steps, True)):
+        values[f"{kind}_strategy"] = "no" if not wanted else "epoch" if steps is None else "steps"
+        if steps is not None:
+            values[f"{kind}_steps"] = steps
+    return HalfbyteArguments(config.output_dir, use_cpu=on_cpu, disable_tqdm=True, **values)
+
+
+def _prepare(examples: list[Example], renderer: Renderer, options: DataSection) -> PreparedData:
+    return prepare(examples, renderer, max_length=options.max_length, overlong=options.overlong)
+
+
+def _check_context(model: PreTrainedModel, config: RunConfig) -> None:
+    text_config = model.config.get_text_config(decoder=True)
+    context = getattr(text_config, "max_position_embeddings", None)
+    if context is not None and config.data.max_length > context:
+        raise ConfigError(
+            f"data.max_length is {config.data.max_length}, but {config.model.path} was made for {context} tokens; set "
+            f"data.max_length to {context} or less"
+        )
+    if config.model.attention == "sdpa" and getattr(text_config, "attn_logit_softcapping", None) is not None:
+        raise ConfigError(
+            f"model.attention is sdpa, which leaves out the softcap of {config.model.path}'s attention; leave it out, "
+            "or choose eager"
+        )
+
+
+def _say(console: Console, text: object) -> None:
+    console.print(str(text), markup=False, highlight=False, soft_wrap=True)
