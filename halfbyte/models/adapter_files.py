@@ -17,6 +17,7 @@ the prefix missing or given twice, wrappers of whole modules.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -62,6 +63,20 @@ class AdapterTensors:
     lora_B: dict[str, torch.Tensor]
     saved: dict[str, dict[str, torch.Tensor]]
     """Parameters of modules trained whole, by path and name."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Adapter:
+    """An adapter that fits a model."""
+
+    spec: LoraSpec
+    tensors: AdapterTensors
+    alphas: dict[str, float]
+
+    def scaling(self, path: str) -> float:
+        """Return what the product of lora_B and lora_A of one layer is multiplied by."""
+        rank = self.tensors.lora_A[path].shape[0]
+        return self.alphas[path] / (math.sqrt(rank) if self.spec.rslora else rank)
 
 
 def save_adapter(
@@ -111,17 +126,11 @@ def load_adapter(model: PreTrainedModel, path: Path | str, *, trainable: bool = 
         FormatError: The adapter is damaged, is for another model, or would have no effect.
         ConfigError: The model has adapters already.
     """
-    path = Path(path)
     if next(iter_lora(model), None) or next(iter_saved(model), None):
         raise ConfigError("the model has adapters already; load the base model anew to put others on it")
-    weights_file = find_adapter_weights(path)
-    spec = spec_from_adapter_config(read_adapter_config(weights_file))
-    tensors = read_adapter(model, weights_file)
-    _check_shapes(model, tensors, weights_file)
-    _check_effect(tensors, weights_file)
-    known = _known_part(model, spec, tensors, weights_file)
-    attach_adapters(model, known)
-    _copy_into(model, tensors)
+    adapter = open_adapter(model, path)
+    attach_adapters(model, adapter.spec)
+    _copy_into(model, adapter)
     for _, layer in iter_lora(model):
         layer.lora_A.requires_grad_(trainable)
         layer.lora_B.requires_grad_(trainable)
@@ -130,6 +139,22 @@ def load_adapter(model: PreTrainedModel, path: Path | str, *, trainable: bool = 
     if not trainable:
         model.eval()
     return report_adapters(model)
+
+
+def open_adapter(model: nn.Module, path: Path | str) -> Adapter:
+    """Read an adapter and check that it fits `model`, which is left alone and may be on the meta device.
+
+    Raises:
+        FormatError: As for `load_adapter`.
+    """
+    weights_file = find_adapter_weights(Path(path))
+    spec = spec_from_adapter_config(read_adapter_config(weights_file))
+    tensors = _read_adapter(model, weights_file)
+    _check_shapes(model, tensors, weights_file)
+    _check_effect(tensors, weights_file)
+    known = _known_part(model, spec, tensors, weights_file)
+    alphas = {target.path: target.alpha for target in find_targets(model, known)} if tensors.lora_A else {}
+    return Adapter(spec=known, tensors=tensors, alphas=alphas)
 
 
 def find_adapter_weights(path: Path) -> Path:
@@ -154,7 +179,7 @@ def find_adapter_weights(path: Path) -> Path:
     raise FormatError(f"adapter {path}: no such file or folder")
 
 
-def read_adapter(model: nn.Module, weights_file: Path) -> AdapterTensors:
+def _read_adapter(model: nn.Module, weights_file: Path) -> AdapterTensors:
     """Read an adapter's tensors, under paths of `model`.
 
     Raises:
@@ -303,7 +328,8 @@ def _matches_any(pattern: str, paths: Iterable[str]) -> bool:
 
 
 @torch.no_grad()
-def _copy_into(model: nn.Module, tensors: AdapterTensors) -> None:
+def _copy_into(model: nn.Module, adapter: Adapter) -> None:
+    tensors = adapter.tensors
     for path, layer in iter_lora(model):
         layer.lora_A.copy_(tensors.lora_A[path])
         layer.lora_B.copy_(tensors.lora_B[path])

@@ -30,6 +30,11 @@ from halfbyte.quant.bnb_format import is_quantized_key, quantized_prefixes
 
 # Buffers that older checkpoints carry and that models compute for themselves.
 HARMLESS_LEFTOVERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$")
+# Families whose checkpoints need no rules of transformers where every name fits. Building its table of rules, for all
+# families at once, takes a quarter of the time in which a small model loads.
+PLAIN_FAMILIES = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "granite"}
+)
 SHOWN_NAMES = 5
 
 
@@ -56,6 +61,12 @@ class Placement:
         made = rule.convert(self.target, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
+    def products(self) -> list[str]:
+        """Return the parameters that the rule makes, by name: its targets in the place of the first."""
+        assert self.rule is not None
+        first, *others = self.rule.target_patterns
+        return [self.target, *(self.target.replace(first, other) for other in others)]
+
 
 def make_placements(model: PreTrainedModel, tensors: Iterable[LazyTensor]) -> list[Placement]:
     """Assign every checkpoint tensor to the parameter it fills, in the order of the tensors.
@@ -69,8 +80,10 @@ def make_placements(model: PreTrainedModel, tensors: Iterable[LazyTensor]) -> li
     """
     tensors = list(tensors)
     expected: dict[str, torch.Tensor] = model.state_dict()
-    rename = _Renamer(model, expected)
-    quantized = {f"{prefix}.weight": prefix for prefix in quantized_prefixes(tensor.name for tensor in tensors)}
+    quantized = {f"{prefix}.weight" for prefix in quantized_prefixes(tensor.name for tensor in tensors)}
+    names = {_weight_of(tensor.name, quantized) or tensor.name for tensor in tensors}
+    is_plain = model.config.model_type in PLAIN_FAMILIES and names <= expected.keys()
+    rename = _Renamer(model, expected, rules=[] if is_plain else get_model_conversion_mapping(model))
     placements: dict[str, Placement] = {}
     unexpected = []
     for tensor in tensors:
@@ -93,10 +106,9 @@ def make_placements(model: PreTrainedModel, tensors: Iterable[LazyTensor]) -> li
 class _Renamer:
     """transformers' rules for one model."""
 
-    def __init__(self, model: PreTrainedModel, expected: dict[str, torch.Tensor]) -> None:
-        mapping: Sequence[Any] = get_model_conversion_mapping(model)
-        self._renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
-        self._converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+    def __init__(self, model: PreTrainedModel, expected: dict[str, torch.Tensor], rules: Sequence[Any]) -> None:
+        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         self._prefix = model.base_model_prefix
         self._expected = expected
         self.rules = {pattern: rule for rule in self._converters for pattern in rule.source_patterns}
@@ -115,7 +127,7 @@ class _Renamer:
         return target, pattern
 
 
-def _weight_of(name: str, quantized: dict[str, str]) -> str | None:
+def _weight_of(name: str, quantized: set[str]) -> str | None:
     """Return the name of the 4-bit weight that this tensor is a part of."""
     if name in quantized:
         return name
@@ -146,7 +158,7 @@ def _check_complete(
             f"the weights hold {len(unexpected)} tensors that {type(model).__name__} has no place for: "
             f"{_shown(unexpected)}; config.json and weights belong to different models"
         )
-    made_by_rules = {name for placement in placements.values() if placement.rule for name in _products(placement)}
+    made_by_rules = {name for placement in placements.values() if placement.rule for name in placement.products()}
     optional = list(model._keys_to_ignore_on_load_missing or ())
     missing = [
         name
@@ -159,13 +171,6 @@ def _check_complete(
         raise FormatError(
             f"the weights lack {len(missing)} of the tensors that {type(model).__name__} needs: {_shown(missing)}"
         )
-
-
-def _products(placement: Placement) -> list[str]:
-    """Return the parameters that a rule makes, by name: its targets in the place of the first."""
-    assert placement.rule is not None
-    first, *others = placement.rule.target_patterns
-    return [placement.target, *(placement.target.replace(first, other) for other in others)]
 
 
 def _tied_groups(model: PreTrainedModel) -> list[set[str]]:

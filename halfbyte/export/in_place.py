@@ -1,0 +1,104 @@
+"""Turn a model in memory with adapters on 4-bit weights into a plain one in 16 bits.
+
+The adapter is added to the dequantised weights in fp32 and the sum is rounded fairly (see `rounding`). Rounding it back
+to 4 bits, as PEFT does, would lose the update: it is far smaller than the distance of two codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from halfbyte.export.rounding import generator_for, round_fairly
+from halfbyte.models.half_storage import HalfEmbedding, HalfHead
+from halfbyte.nn import Linear4bit, LoraLinear, SavedModule
+from halfbyte.nn.convert import replace_module
+from halfbyte.ops import dequantize_4bit
+
+BLOCK_ELEMENTS = 1 << 22
+
+
+@torch.no_grad()
+def merge_in_place(model: PreTrainedModel, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Merge every adapter of `model` and dequantise what is left in 4 bits.
+
+    Args:
+        model: Changed in place: afterwards it has transformers' own modules only, and nothing of ours.
+        dtype: Of the result; that of the original weights where it is 16-bit, else bfloat16.
+
+    Returns:
+        The same model.
+    """
+    dtype = dtype or _half_dtype(model)
+    saved = {path for path, module in model.named_modules() if isinstance(module, SavedModule)}
+    if any(name.rpartition(".")[0] in saved for pair in model.all_tied_weights_keys.items() for name in pair):
+        model.config.tie_word_embeddings = False
+        model.all_tied_weights_keys.clear()
+    for path, module in list(_outermost(model)):
+        replace_module(model, path, _plain(path, module, dtype))
+    # Parameters only: buffers such as rotary frequencies stay in fp32. Setting .data keeps tied ones tied.
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield path and module of what is ours, wrappers without what is inside them."""
+    ours = (LoraLinear, SavedModule, Linear4bit, HalfEmbedding, HalfHead)
+    inside: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, ours) and not any(path.startswith(f"{outer}.") for outer in inside):
+            inside.append(path)
+            yield path, module
+
+
+def _plain(path: str, module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    if isinstance(module, SavedModule):
+        trained = module.trained
+        return _plain(path, trained, dtype) if isinstance(trained, (HalfEmbedding, HalfHead)) else trained.to(dtype)
+    if isinstance(module, HalfEmbedding):
+        embedding = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
+        embedding.weight = module.weight
+        return embedding
+    if isinstance(module, HalfHead):
+        plain = _linear(module.weight, module.bias)
+        plain.weight = module.weight
+        return plain
+    if isinstance(module, LoraLinear):
+        return _linear(_merged(path, module, dtype), module.base.bias)
+    assert isinstance(module, Linear4bit)
+    return _linear(dequantize_4bit(module.quantized, dtype=dtype), module.bias)
+
+
+def _merged(path: str, module: LoraLinear, dtype: torch.dtype) -> torch.Tensor:
+    base = module.base
+    weight = dequantize_4bit(base.quantized, dtype=torch.float32) if isinstance(base, Linear4bit) else base.weight
+    merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    generator = generator_for(f"{path}.weight")
+    block_rows = max(1, BLOCK_ELEMENTS // module.in_features)
+    lora_A, lora_B = module.lora_A.float(), module.lora_B.float()
+    for start in range(0, module.out_features, block_rows):
+        stop = start + block_rows
+        update = (lora_B[start:stop] @ lora_A).mul_(module.scaling)
+        rows = weight[start:stop].float() + update
+        merged[start:stop] = round_fairly(rows.cpu(), dtype, generator=generator)
+    return merged
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return plain
+
+
+def _half_dtype(model: nn.Module) -> torch.dtype:
+    dtypes = [module.quantized.dtype for module in model.modules() if isinstance(module, Linear4bit)]
+    dtypes += [parameter.dtype for parameter in model.parameters()]
+    return next((found for found in dtypes if found in (torch.float16, torch.bfloat16)), torch.bfloat16)

@@ -1,0 +1,330 @@
+"""Merge an adapter into its base: one plain transformers model, written tensor by tensor.
+
+    W' = W + scaling * B A        in fp32, a block of rows at a time, rounded once
+
+**Which W** is for the person to choose, because they differ. `original` is the base's own weights in 16 or 32 bits;
+`dequantized` is what the adapter saw in training, the 4-bit form written out. The second gives the tuned model's own
+logits; the first usually answers a little better than it, as if the adapter had been applied to the better base.
+
+**Rounding** decides whether the update survives. W lies on the grid of its 16-bit dtype, and most of an adapter's
+updates are smaller than half a step of it: rounded to nearest they vanish. 16-bit results are therefore rounded fairly
+(see `rounding`), and the report says how much of the update the file holds. float32 keeps all of it at twice the size.
+
+Tensors that no adapter touches are copied byte for byte, unless a dtype is asked for. Peak memory is one tensor: the
+base is mapped, results go to the file as they are made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from halfbyte.errors import ConfigError, FormatError
+from halfbyte.export.description import write_description
+from halfbyte.export.folder import new_folder
+from halfbyte.export.rounding import generator_for, round_fairly
+from halfbyte.export.shards import ShardWriter
+from halfbyte.models.adapter_files import Adapter, find_adapter_weights, open_adapter
+from halfbyte.models.build import build_meta_model
+from halfbyte.models.describe import load_config
+from halfbyte.models.load import quantizable_layers
+from halfbyte.models.placement import Placement, make_placements
+from halfbyte.models.source import ModelSource, resolve_source
+from halfbyte.models.weights import LazyTensor, iter_weights
+from halfbyte.ops import dequantize_4bit, quantize_4bit
+from halfbyte.quant import QuantizedTensor, QuantSpec
+from halfbyte.quant.bnb_format import load_quantized
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Rows worked on at once: 16 MB in fp32.
+BLOCK_ELEMENTS = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class MergeReport:
+    """What merging did; str() tells it."""
+
+    num_adapters: int
+    onto: str
+    dtype: torch.dtype
+    reason: str
+    """Why this dtype."""
+    kept_update: float
+    """The share of the update that the written weights hold, measured along the update; 1 is all of it."""
+    num_bytes: int
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        base = {"original": "the original weights", "dequantized": "the 4-bit weights, written out"}[self.onto]
+        dtype = str(self.dtype).removeprefix("torch.")
+        size = f"{self.num_bytes / 1e9:.2f} GB in {dtype}"
+        lines = (
+            f"merged {self.num_adapters} adapters onto {base}: {size} ({self.reason})",
+            f"  {self.kept_update:.1%} of the update is in the written weights",
+            *(f"  {note}" for note in self.notes),
+        )
+        return "\n".join(lines)
+
+
+def merge_adapter(
+    base_source: str | Path | ModelSource,
+    adapter: str | Path,
+    out_folder: str | Path,
+    *,
+    onto: Literal["original", "dequantized"] = "original",
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+    spec: QuantSpec | None = None,
+    overwrite: bool = False,
+) -> MergeReport:
+    """Write base and adapter as one plain transformers model.
+
+    Args:
+        base_source: Hub id, folder or weight file of the base.
+        adapter: Folder or file of the adapter. A tokenizer beside it is written in place of the base's.
+        out_folder: May exist if it is empty.
+        onto: The base's own weights, or their 4-bit form. Weights that are stored in 4 bits are their own base.
+        dtype: Of the result; "auto" keeps what each tensor has, and merges into the model's own dtype.
+        spec: How the base was quantised in training, for `onto="dequantized"`; None where it was not.
+        overwrite: Replace what is at `out_folder`.
+
+    Raises:
+        ConfigError: An option that cannot be honoured, or something is at `out_folder`.
+        FormatError: Base or adapter is damaged, or they do not belong together.
+    """
+    if onto not in ("original", "dequantized"):
+        raise ConfigError(f"onto is {onto!r}; allowed: original, dequantized")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
+    source = base_source if isinstance(base_source, ModelSource) else resolve_source(base_source)
+    config = load_config(source)
+    model = build_meta_model(config, dtype=torch.float32)
+    placements = make_placements(model, [tensor for _, tensor in iter_weights(source)])
+    opened = open_adapter(model, adapter)
+    is_stored_in_4bit = any(placement.is_quantized for placement in placements)
+    layers = set()
+    if onto == "dequantized" and spec is not None and not is_stored_in_4bit:
+        layers = quantizable_layers(model, config)
+    merger = _Merger(model, opened, spec=spec, layers=layers, dtype=DTYPES.get(dtype))
+    merger.choose_dtype(source, placements)
+    adapter_folder = find_adapter_weights(Path(adapter)).parent
+    with new_folder(Path(out_folder), overwrite=overwrite) as folder:
+        writer = ShardWriter(folder, merger.names(placements))
+        try:
+            for placement in placements:
+                merger.write(placement, writer)
+            merger.write_untied(placements, writer)
+            writer.close()
+        finally:
+            writer.abandon()
+        has_tokenizer = (adapter_folder / "tokenizer_config.json").exists()
+        write_description(
+            folder,
+            source,
+            model,
+            dtype=merger.dtype,
+            changes={"tie_word_embeddings": False} if merger.untied else {},
+            tokenizer_folder=adapter_folder if has_tokenizer else None,
+        )
+    return merger.report(onto, writer.total_bytes, is_stored_in_4bit=is_stored_in_4bit)
+
+
+class _Merger:
+    """Everything that decides what becomes of one tensor."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        adapter: Adapter,
+        *,
+        spec: QuantSpec | None,
+        layers: set[str],
+        dtype: torch.dtype | None,
+    ) -> None:
+        self._model = model
+        self._adapter = adapter
+        self._spec = spec
+        self._layers = layers
+        self._asked_dtype = dtype
+        self.dtype = dtype or torch.bfloat16
+        self._reason = "as asked"
+        self._saved = {f"{path}.{name}": t for path, ts in adapter.tensors.saved.items() for name, t in ts.items()}
+        self.untied = self._find_untied()
+        self._written: set[str] = set()
+        # Sums of update * update and of update * (written - base), for the report.
+        self._update_square = 0.0
+        self._update_kept = 0.0
+
+    def choose_dtype(self, source: ModelSource, placements: list[Placement]) -> None:
+        """Settle the dtype of merged weights: what was asked for, or that of the model's own."""
+        if self._asked_dtype is not None:
+            return
+        counts: dict[torch.dtype, int] = {}
+        for placement in placements:
+            for tensor in placement.tensors:
+                if source.kind != "gguf" and tensor.dtype in DTYPES.values() and not placement.is_quantized:
+                    counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.num_bytes
+        self.dtype = max(counts, key=lambda found: counts[found]) if counts else torch.bfloat16
+        rounded = "" if self.dtype == torch.float32 else ", rounded so that small updates survive"
+        self._reason = ("the model's own" if counts else "what a 4-bit base is usually computed in") + rounded
+
+    def names(self, placements: list[Placement]) -> list[str]:
+        """Return the name of every tensor that may be written."""
+        names = [name for p in placements for name in (p.target, *(tensor.name for tensor in p.tensors))]
+        products = [name for p in placements if p.rule is not None for name in self._model.state_dict()]
+        tied = [name for pair in self._model.all_tied_weights_keys.items() for name in pair]
+        return [*names, *products, *self._saved, *tied]
+
+    def write(self, placement: Placement, writer: ShardWriter) -> None:
+        """Write what one placement becomes."""
+        if placement.rule is not None:
+            self._write_converted(placement, writer)
+            return
+        name, path = _stored_name(placement), placement.target.removesuffix(".weight")
+        self._written.add(placement.target)
+        if placement.target in self._saved:
+            writer.add(name, self._cast(self._saved[placement.target], name))
+        elif placement.is_quantized or path in self._layers or path in self._adapter.tensors.lora_A:
+            self._write_layer(name, path, self._base_of(placement, path), writer)
+        else:
+            self._copy(placement.tensors[0], writer)
+
+    def write_untied(self, placements: list[Placement], writer: ShardWriter) -> None:
+        """Write parameters that shared a tensor with another and no longer equal it, such as a tied head."""
+        if not self.untied:
+            return
+        tied = self._model.all_tied_weights_keys
+        by_target = {placement.target: placement for placement in placements}
+        for name in sorted((tied.keys() | set(tied.values())) - self._written):
+            partner = tied.get(name) or next(target for target, source in tied.items() if source == name)
+            path = name.removesuffix(".weight")
+            if name in self._saved:
+                writer.add(name, self._cast(self._saved[name], name))
+            elif path in self._adapter.tensors.lora_A:
+                self._write_layer(name, path, self._base_of(by_target[partner], path), writer)
+            else:
+                writer.add(name, self._cast(by_target[partner].tensors[0].read(), name))
+            self._written.add(name)
+
+    def report(self, onto: str, num_bytes: int, *, is_stored_in_4bit: bool) -> MergeReport:
+        """Return what was done."""
+        notes = []
+        if is_stored_in_4bit:
+            onto = "dequantized"
+            notes.append("the base is stored in 4 bits: its 4-bit weights are what it has")
+        elif onto == "dequantized" and self._spec is None:
+            onto = "original"
+            notes.append("the base was not quantised in training: its own weights are what the adapter saw")
+        if self.untied:
+            notes.append("embedding and head were one tensor; one was trained whole, so they are two now")
+        return MergeReport(
+            num_adapters=len(self._adapter.tensors.lora_A),
+            onto=onto,
+            dtype=self.dtype,
+            reason=self._reason,
+            kept_update=self._update_kept / self._update_square if self._update_square else 1.0,
+            num_bytes=num_bytes,
+            notes=tuple(notes),
+        )
+
+    def _find_untied(self) -> bool:
+        changed = self._saved.keys() | {f"{path}.weight" for path in self._adapter.tensors.lora_A}
+        return any(name in changed for pair in self._model.all_tied_weights_keys.items() for name in pair)
+
+    def _base_of(self, placement: Placement, path: str) -> Callable[[int, int], torch.Tensor]:
+        """Return what gives rows of the base weight in fp32."""
+        if placement.is_quantized:
+            parts = {tensor.name: tensor.read().clone() for tensor in placement.tensors}
+            return _rows_of_quantized(load_quantized(_stored_name(placement).removesuffix("weight"), parts))
+        weight = placement.tensors[0].read()
+        if path in self._layers:
+            assert self._spec is not None
+            return _rows_of_quantized(quantize_4bit(weight, self._spec))
+        return lambda start, stop: weight[start:stop].float()
+
+    def _write_layer(self, name: str, path: str, base: Callable[[int, int], torch.Tensor], writer: ShardWriter) -> None:
+        num_rows, width = self._model.get_parameter(f"{path}.weight").shape
+        parts = self._merged_rows(name, path, base, num_rows=num_rows, width=width)
+        writer.add_parts(name, parts, dtype=self.dtype, shape=(num_rows, width))
+
+    def _merged_rows(
+        self, name: str, path: str, base: Callable[[int, int], torch.Tensor], *, num_rows: int, width: int
+    ) -> Iterator[torch.Tensor]:
+        tensors, generator = self._adapter.tensors, generator_for(name)
+        block_rows = max(1, BLOCK_ELEMENTS // width)
+        for start in range(0, num_rows, block_rows):
+            rows = base(start, start + block_rows)
+            if path not in tensors.lora_A:
+                yield self._cast(rows, name)
+                continue
+            lora_B = tensors.lora_B[path][start : start + block_rows].float()
+            update = (lora_B @ tensors.lora_A[path].float()).mul_(self._adapter.scaling(path))
+            merged = rows + update
+            self._check_range(merged, name)
+            written = round_fairly(merged, self.dtype, generator=generator)
+            self._update_square += float(update.square().sum(dtype=torch.float64))
+            self._update_kept += float((written.float() - rows).mul_(update).sum(dtype=torch.float64))
+            yield written
+
+    def _write_converted(self, placement: Placement, writer: ShardWriter) -> None:
+        """Copy the tensors behind a rule as they are, unless the merge touches a parameter that the rule makes."""
+        touched = {f"{path}.weight" for path in (*self._layers, *self._adapter.tensors.lora_A)} | self._saved.keys()
+        if not touched & set(placement.products()):
+            for tensor in placement.tensors:
+                self._copy(tensor, writer)
+            return
+        for name, made in placement.convert(self._model).items():
+            self._written.add(name)
+            path = name.removesuffix(".weight")
+            if name in self._saved:
+                writer.add(name, self._cast(self._saved[name], name))
+            elif name in touched:
+                self._write_layer(name, path, self._base_of_made(made, path), writer)
+            else:
+                writer.add(name, self._cast(made, name))
+
+    def _base_of_made(self, weight: torch.Tensor, path: str) -> Callable[[int, int], torch.Tensor]:
+        if path in self._layers:
+            assert self._spec is not None
+            return _rows_of_quantized(quantize_4bit(weight, self._spec))
+        return lambda start, stop: weight[start:stop].float()
+
+    def _copy(self, tensor: LazyTensor, writer: ShardWriter) -> None:
+        self._written.add(tensor.name)
+        is_16bit_result = self._asked_dtype is None and tensor.storage_dtype == tensor.dtype
+        dtype = tensor.dtype if is_16bit_result or not tensor.dtype.is_floating_point else self.dtype
+        value = tensor.read()
+        if dtype != tensor.dtype:
+            value = self._cast(value, tensor.name)
+        writer.add(tensor.name, value)
+
+    def _cast(self, value: torch.Tensor, name: str) -> torch.Tensor:
+        self._check_range(value, name)
+        return value.to(self.dtype)
+
+    def _check_range(self, value: torch.Tensor, name: str) -> None:
+        if self.dtype == torch.float16 and value.numel():
+            largest = float(value.abs().max())
+            if largest > torch.finfo(torch.float16).max:
+                raise FormatError(f"{name} reaches {largest:.3g}, beyond float16; merge to bfloat16 or float32")
+
+
+def _rows_of_quantized(q: QuantizedTensor) -> Callable[[int, int], torch.Tensor]:
+    weight: list[torch.Tensor] = []
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        if not weight:
+            weight.append(dequantize_4bit(q, dtype=torch.float32))
+        return weight[0][start:stop]
+
+    return rows
+
+
+def _stored_name(placement: Placement) -> str:
+    """Return the name that the checkpoint has for a parameter."""
+    names: list[Any] = [tensor.name for tensor in placement.tensors]
+    return min(names, key=len) if placement.is_quantized else names[0]
