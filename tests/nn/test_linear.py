@@ -136,15 +136,3 @@ def test_linear4bit_shares_the_tensors_it_was_given() -> None:
     q = quantize_4bit(torch.randn(80, 96), QuantSpec())
     layer = Linear4bit.from_quantized(q, None, Workspace())
     assert [t.data_ptr() for t in layer.quantized.tensors()] == [t.data_ptr() for t in q.tensors()]
-
-
-@pytest.mark.gpu
-def test_linear4bit_moves_to_a_gpu_and_back() -> None:
-    layer = make_layer()
-    before, x = tensors_of(layer), torch.randn(3, 96, dtype=torch.bfloat16)
-    expected = layer(x)
-    layer.cuda().half()
-    assert all(t.is_cuda for t in layer.quantized.tensors())
-    assert_close("y", expected, layer(x.cuda()), dtype=torch.bfloat16, roundings=4, reduction_length=96)
-    layer.cpu()
-    assert all_equal(tensors_of(layer), before)
