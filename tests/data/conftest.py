@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests.data.templates import Family
+
+# A busy machine makes no test wrong.
+settings.register_profile("without_deadline", deadline=None)
+settings.load_profile("without_deadline")
 
 SPECIAL_TOKENS = (
     "<unk>",
