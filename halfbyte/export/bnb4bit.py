@@ -10,12 +10,12 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
 
 from halfbyte.errors import ConfigError
 from halfbyte.export.description import write_description
 from halfbyte.export.folder import new_folder
 from halfbyte.export.shards import ShardWriter
+from halfbyte.models import PretrainedConfig, PreTrainedModel
 from halfbyte.models.build import build_meta_model
 from halfbyte.models.describe import load_config
 from halfbyte.models.load import check_quantizable, quantizable_layers

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
+from halfbyte.models import PreTrainedModel
 from halfbyte.models.describe import load_tokenizer
 from halfbyte.models.source import ModelSource, load_config_dict
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from halfbyte.export.rounding import generator_for, round_fairly
+from halfbyte.models import PreTrainedModel
 from halfbyte.models.half_storage import HalfEmbedding, HalfHead
 from halfbyte.nn import Linear4bit, LoraLinear, SavedModule
 from halfbyte.nn.convert import replace_module

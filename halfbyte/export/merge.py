@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
 
 from halfbyte.errors import ConfigError, FormatError
 from halfbyte.export.description import write_description
 from halfbyte.export.folder import new_folder
 from halfbyte.export.rounding import generator_for, round_fairly
 from halfbyte.export.shards import ShardWriter
+from halfbyte.models import PreTrainedModel
 from halfbyte.models.adapter_files import Adapter, find_adapter_weights, open_adapter
 from halfbyte.models.build import build_meta_model
 from halfbyte.models.describe import load_config

@@ -1,4 +1,9 @@
-"""Models: where they come from, how they are loaded, and adapter files."""
+"""Models: where they come from, how they are loaded, and adapter files.
+
+Layers above that may not know transformers find the types of its models and configurations here.
+"""
+
+from transformers import PretrainedConfig, PreTrainedModel
 
 from halfbyte.models.adapter_config import read_adapter_config, spec_from_adapter_config
 from halfbyte.models.adapter_files import load_adapter, save_adapter
@@ -13,6 +18,8 @@ __all__ = [
     "LoadReport",
     "LoadedModel",
     "ModelSource",
+    "PreTrainedModel",
+    "PretrainedConfig",
     "iter_weights",
     "load_adapter",
     "load_config",
