@@ -118,8 +118,8 @@ def print_summary(console: Console, summary: Summary, folder: Path) -> None:
     say(
         f"{summary.steps_now} steps in {format_seconds(summary.train_seconds)}, "
         f"{format_seconds(summary.total_seconds)} with loading, evaluation and samples: "
-        f"{summary.tokens_per_second:,.0f} tokens/s, {summary.trained_tokens_per_second:,.0f} of them trained; peak memory "
-        f"{summary.peak_memory_bytes / 2**30:.2f} GiB on {summary.device}"
+        f"{summary.tokens_per_second:,.0f} tokens/s, {summary.trained_tokens_per_second:,.0f} of them trained; "
+        f"peak memory {summary.peak_memory_bytes / 2**30:.2f} GiB on {summary.device}"
     )
     say(f"adapter, tokenizer, run.yaml, {SUMMARY_FILE}: {folder}")
     if (folder / "logs").exists():

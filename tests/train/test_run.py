@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from halfbyte.config import RunConfig
+from halfbyte.config.load import load_config, make_config
+from halfbyte.errors import ConfigError, DataError
+from halfbyte.models import load_model
+from halfbyte.nn import iter_lora
+from halfbyte.quant import QuantSpec
+from halfbyte.train import run_training
+from tests.train.tiny import build_tiny, build_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    build_tiny("llama").save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tickets.jsonl"
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {n}?"},
+                {"role": "assistant", "content": f"It is {n * n}."},
+            ]
+        }
+        for n in range(20)
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def config_of(model: Path, data: Path, out: Path, **options: Any) -> RunConfig:
+    defaults = {
+        "model.path": str(model),
+        "model.device": "cpu",
+        "data.train": str(data),
+        "data.max_length": 128,
+        "data.held_out_fraction": 0.2,
+        "train.max_steps": 4,
+        "train.learning_rate": 1e-2,
+        "train.per_device_train_batch_size": 1,
+        "train.max_sample_tokens": 4,
+        "train.num_samples": 2,
+        "output_dir": str(out),
+    }
+    return make_config({**defaults, **options})
+
+
+def test_run_training_leaves_everything_in_its_folder(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    out, text = tmp_path / "out", io.StringIO()
+    config = config_of(model_folder, data_file, out)
+    result = run_training(config, console=Console(file=text))
+
+    names = {path.name for path in out.iterdir()}
+    expected = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"}
+    assert names >= expected | {"run.yaml", "summary.json", "logs", "checkpoint-4"}
+    assert load_config(out / "run.yaml") == config
+
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["held_out_after"]["loss"] < summary["held_out_before"]["loss"]
+    assert summary["steps"] == 4
+    assert summary["tokens_per_second"] > summary["trained_tokens_per_second"] > 0
+    assert len(summary["samples"]) == 2
+    sample = summary["samples"][0]
+    assert sample["question"].startswith("What is ")
+    assert sample["expected"].startswith("It is ")
+    assert sample["before"] != sample["after"]
+    assert result.summary.held_out_after.loss == summary["held_out_after"]["loss"]
+
+    shown = text.getvalue()
+    for words in ("20 rows", "in 4 bits", "adapters of rank 16", "plan: 4 steps", f"writing to {out}", "tokens/s"):
+        assert words in shown
+    assert f"halfbyte merge {out}" in shown
+
+
+def test_run_training_resumes_what_was_cut(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    whole = config_of(model_folder, data_file, tmp_path / "whole", **{"train.save_steps": 2})
+    cut = config_of(model_folder, data_file, tmp_path / "cut", **{"train.save_steps": 2})
+    quiet = Console(file=io.StringIO())
+    first = run_training(whole, console=quiet)
+    run_training(cut, console=quiet)
+    # What a crash after step 3 leaves behind.
+    for name in ("summary.json", "adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "cut" / name).unlink()
+    for path in (tmp_path / "cut" / "checkpoint-4").iterdir():
+        path.unlink()
+    (tmp_path / "cut" / "checkpoint-4").rmdir()
+    options = {"train.save_steps": 2, "train.resume": True}
+    second = run_training(config_of(model_folder, data_file, tmp_path / "cut", **options), console=quiet)
+    assert second.summary.steps_now == 2
+    assert second.summary.held_out_after == first.summary.held_out_after
+    assert [s.after for s in second.summary.samples] == [s.after for s in first.summary.samples]
+    for (path, a), (_, b) in zip(iter_lora(first.model), iter_lora(second.model), strict=True):
+        assert torch.equal(a.lora_A, b.lora_A), path
+        assert torch.equal(a.lora_B, b.lora_B), path
+
+
+def test_run_training_goes_on_from_an_adapter(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    quiet = Console(file=io.StringIO())
+    first = run_training(config_of(model_folder, data_file, tmp_path / "a"), console=quiet)
+    options = {"lora.adapter": str(tmp_path / "a"), "train.max_steps": 1, "train.learning_rate": 1e-9}
+    second = run_training(config_of(model_folder, data_file, tmp_path / "b", **options), console=quiet)
+    assert second.summary.held_out_before == first.summary.held_out_before
+    assert second.summary.held_out_after.loss == pytest.approx(first.summary.held_out_after.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"data.packing": False, "train.group_by_length": True},
+        {"quant.enabled": False, "train.optim": "paged_adamw_32bit"},
+        {"model.attention": "eager", "train.gradient_checkpointing": True},
+        {"data.held_out_fraction": 0.0, "train.report_to": ()},
+        {"train.warmup_steps": 2, "train.eval_steps": 2, "train.gradient_accumulation_steps": 2},
+    ],
+)
+def test_run_training_takes_every_way(
+    model_folder: Path, data_file: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    config = config_of(model_folder, data_file, tmp_path / "out", **{"train.max_steps": 2, **options})
+    result = run_training(config, console=Console(file=io.StringIO()))
+    assert result.summary.steps == 2
+    assert (result.summary.held_out_after is None) == (config.data.held_out_fraction == 0)
+    assert (tmp_path / "out" / "logs").exists() == bool(config.train.report_to)
+
+
+def test_run_training_trains_on_plain_text(model_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "text.jsonl"
+    data.write_text("\n".join(json.dumps({"text": f"line {n} of a text"}) for n in range(12)))
+    text = io.StringIO()
+    result = run_training(config_of(model_folder, data, tmp_path / "out"), console=Console(file=text))
+    assert result.summary.samples == ()
+    assert result.summary.held_out_after is not None
+
+
+def test_run_training_does_not_write_over_a_run(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    quiet = Console(file=io.StringIO())
+    config = config_of(model_folder, data_file, tmp_path / "out", **{"train.max_steps": 1})
+    run_training(config, console=quiet)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run_training(config, console=quiet)
+    options = {"train.max_steps": 2, "train.overwrite": True}
+    result = run_training(config_of(model_folder, data_file, tmp_path / "out", **options), console=quiet)
+    assert result.summary.steps == 2
+    assert not (tmp_path / "out" / "checkpoint-1").exists()
+
+
+def test_run_training_fails_before_it_writes(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    quiet = Console(file=io.StringIO())
+    for options, kind, message in (
+        ({"data.max_length": 4096}, ConfigError, "made for 256 tokens"),
+        ({"lora.targets": ("no_such",)}, ConfigError, "no_such"),
+        ({"data.train": str(tmp_path / "nothing.jsonl")}, DataError, "nothing.jsonl"),
+    ):
+        with pytest.raises(kind, match=message):
+            run_training(config_of(model_folder, data_file, tmp_path / "out", **options), console=quiet)
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapter_of_a_run_loads_on_its_base(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    from halfbyte.models import load_adapter
+
+    result = run_training(config_of(model_folder, data_file, tmp_path / "out"), console=Console(file=io.StringIO()))
+    fresh = load_model(model_folder, quant=QuantSpec(), device="cpu", attn_implementation="halfbyte").model
+    load_adapter(fresh, tmp_path / "out")
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        assert torch.equal(fresh(input_ids=ids).logits, result.model(input_ids=ids).logits)
