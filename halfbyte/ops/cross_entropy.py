@@ -19,7 +19,7 @@ accumulated in fp32. A chunk is small enough for its logits to stay near the cac
 head's weight, which is read twice a chunk, to be worth its traffic.
 
 Price: a forward under grad computes the gradient even if no backward follows, so evaluate under no_grad. No second
-derivative. Counting the trained tokens waits for the device once a call.
+derivative. Unless the caller says where the trained tokens are, finding them waits for the device once a call.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def chunked_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     head_bias: torch.Tensor | None = None,
+    trained: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the summed cross-entropy of the trained tokens over `num_items`, in fp32.
 
@@ -69,9 +70,12 @@ def chunked_cross_entropy(
         softcap: Logits are squeezed into (-softcap, softcap), as Gemma 2 does.
         logit_scale: Factor of the logits, as Cohere and Granite have it.
         head_bias: (vocabulary,).
+        trained: Indices of the tokens whose label is not -100, int64 on the same device, for callers that know them
+            without asking the device.
     """
     logits = _Logits(chunk_tokens=chunk_tokens, softcap=softcap, scale=logit_scale)
-    trained = _trained_tokens(labels_T)
+    if trained is None:
+        trained = find_trained_tokens(labels_T)
     with torch.autocast(hidden_TD.device.type, enabled=False):
         total = _ChunkedCrossEntropy.apply(
             hidden_TD, head_weight_VD, head_bias, labels_T, trained, logits, torch.is_grad_enabled()
@@ -96,7 +100,7 @@ def chunked_token_losses(
     The arguments are those of `chunked_cross_entropy`.
     """
     logits = _Logits(chunk_tokens=chunk_tokens, softcap=softcap, scale=logit_scale)
-    trained = _trained_tokens(labels_T)
+    trained = find_trained_tokens(labels_T)
     losses_T = torch.zeros(labels_T.shape, dtype=torch.float32, device=labels_T.device)
     with torch.no_grad(), torch.autocast(hidden_TD.device.type, enabled=False):
         head = _Head(head_weight_VD, head_bias, hidden_TD.dtype, logits)
@@ -258,5 +262,6 @@ class _Head:
         return max(MIN_CHUNK_TOKENS, budget_bytes // (4 * self.weight_VD.shape[0]))
 
 
-def _trained_tokens(labels_T: torch.Tensor) -> torch.Tensor:
+def find_trained_tokens(labels_T: torch.Tensor) -> torch.Tensor:
+    """Return the indices of the labels that are not -100."""
     return (labels_T != IGNORED_LABEL).nonzero().squeeze(1)

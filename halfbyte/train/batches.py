@@ -20,6 +20,7 @@ from halfbyte.data.examples import TokenizedExample
 from halfbyte.data.packing import IGNORE_INDEX, PackedDataset, PackedRow
 from halfbyte.data.sampler import LengthGroupedSampler, ShuffledSampler
 from halfbyte.models.attention import DocumentLayout
+from halfbyte.ops.cross_entropy import find_trained_tokens
 
 Batch = dict[str, Any]
 
@@ -109,10 +110,16 @@ def pad_id_of(tokenizer: Any) -> int:
 
 
 def move_batch(batch: Mapping[str, Any], device: torch.device) -> Batch:
-    """Return the batch with its tensors on `device`; from pinned memory without waiting."""
+    """Return the batch with its tensors on `device`; from pinned memory without waiting.
+
+    Where the trained tokens are is looked up here, on the host, so that the loss need not ask the device for it.
+    """
+    trained = find_trained_tokens(batch["labels"].flatten())
+    if device.type == "cuda":
+        trained = trained.pin_memory()
     return {
         key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for key, value in batch.items()
+        for key, value in {**batch, "trained": trained}.items()
     }
 
 

@@ -66,7 +66,8 @@ class LossPath:
         labels_T = batch["labels"].flatten()
         if self.chunked:
             head = self._head_arguments()
-            return chunked_cross_entropy(self._hidden(batch), head.pop("weight"), labels_T, num_items=num_items, **head)
+            head |= {"num_items": num_items, "trained": batch.get("trained")}
+            return chunked_cross_entropy(self._hidden(batch), head.pop("weight"), labels_T, **head)
         losses_T = self._losses_of_whole_logits(batch, labels_T)
         return losses_T.sum() / (max(int((labels_T != IGNORED_LABEL).sum()), 1) if num_items is None else num_items)
 
