@@ -82,8 +82,7 @@ def quantize_4bit(
             num_blocks,
             packed.numel(),
             flat.numel(),
-            USE_BINS=use_bins,
-            BIN_SCALE=BIN_SCALE,
+            FIND_PLACE=_find_place_by_bins() if use_bins else _find_place_by_tree(),
             REORDER=search.sorted_codes is not None,
             PARTIAL=flat.numel() % block_size != 0,
             BLOCK_SIZE=block_size,
@@ -125,14 +124,14 @@ GROUPS_PER_PROGRAM = 4
 
 @functools.cache
 def _quantize_kernel() -> Any:
+    # The search is an argument: the interpreter does not see the names around a nested function.
     import triton
     import triton.language as tl
 
     @triton.jit
     def _quantize_4bit_kernel(
-        x_ptr, packed_ptr, absmax_ptr, threshold_ptr, base_ptr, code_ptr,
-        num_blocks, num_bytes, numel,
-        USE_BINS: tl.constexpr, BIN_SCALE: tl.constexpr, REORDER: tl.constexpr, PARTIAL: tl.constexpr,
+        x_ptr, packed_ptr, absmax_ptr, threshold_ptr, base_ptr, code_ptr, num_blocks, num_bytes, numel,
+        FIND_PLACE: tl.constexpr, REORDER: tl.constexpr, PARTIAL: tl.constexpr,
         BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr, BYTES_PER_THREAD: tl.constexpr,
     ):  # fmt: skip
         # Addresses: a 64-bit scalar for the tile, 32-bit offsets inside it.
@@ -156,37 +155,53 @@ def _quantize_kernel() -> Any:
                 scaled = tl.where(is_short[:, None], quotient, scaled)
         tl.store(absmax_ptr + block, absmax, mask=block < num_blocks)
 
-        scaled = tl.reshape(scaled, [BLOCKS * BLOCK_SIZE])
-        if USE_BINS:
-            # Adding 2**23 rounds to an integer and leaves it in the low bits of the pattern.
-            shifted = tl.fma(
-                scaled, tl.full([1], BIN_SCALE, tl.float32), tl.full([1], 8388608.0 + BIN_SCALE, tl.float32)
-            )
-            index = shifted.to(tl.int32, bitcast=True) & 31
-            place = tl.load(base_ptr + index) + (scaled > tl.load(threshold_ptr + index)).to(tl.int32)
-        else:
-            above7 = scaled > tl.load(threshold_ptr + 7)
-            t3, t11 = tl.load(threshold_ptr + 3), tl.load(threshold_ptr + 11)
-            above_quarter = scaled > tl.where(above7, t11, t3)
-            low = tl.where(above_quarter, tl.load(threshold_ptr + 5), tl.load(threshold_ptr + 1))
-            high = tl.where(above_quarter, tl.load(threshold_ptr + 13), tl.load(threshold_ptr + 9))
-            above_eighth = scaled > tl.where(above7, high, low)
-            t0 = tl.where(above_eighth, tl.load(threshold_ptr + 2), tl.load(threshold_ptr + 0))
-            t4 = tl.where(above_eighth, tl.load(threshold_ptr + 6), tl.load(threshold_ptr + 4))
-            t8 = tl.where(above_eighth, tl.load(threshold_ptr + 10), tl.load(threshold_ptr + 8))
-            t12 = tl.where(above_eighth, tl.load(threshold_ptr + 14), tl.load(threshold_ptr + 12))
-            low, high = tl.where(above_quarter, t4, t0), tl.where(above_quarter, t12, t8)
-            above_sixteenth = scaled > tl.where(above7, high, low)
-            place = (above7.to(tl.int32) << 3) | (above_quarter.to(tl.int32) << 2)
-            place |= (above_eighth.to(tl.int32) << 1) | above_sixteenth.to(tl.int32)
-        code = tl.load(code_ptr + place) if REORDER else place
-
+        code = FIND_PLACE(tl.reshape(scaled, [BLOCKS * BLOCK_SIZE]), threshold_ptr, base_ptr)
+        if REORDER:
+            code = tl.load(code_ptr + code)
         even, odd = tl.split(tl.reshape(code, [BLOCKS * BLOCK_SIZE // 2, 2]))
         # As wide as the pairs of one 16-byte load, or they would change threads on their way out.
         byte = tl.max_contiguous(tl.arange(0, BLOCKS * BLOCK_SIZE // 2), BYTES_PER_THREAD)
         tl.store(packed_ptr + start // 2 + byte, (even << 4 | odd).to(tl.uint8), mask=start // 2 + byte < num_bytes)
 
     return _quantize_4bit_kernel
+
+
+@functools.cache
+def _find_place_by_bins() -> Any:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _find_place_by_bins_kernel(x, threshold_ptr, base_ptr):
+        # Adding 2**23 rounds to an integer and leaves it in the low bits of the pattern.
+        shifted = tl.fma(x, tl.full([1], 15.0, tl.float32), tl.full([1], 8388608.0 + 15.0, tl.float32))
+        index = shifted.to(tl.int32, bitcast=True) & 31
+        return tl.load(base_ptr + index) + (x > tl.load(threshold_ptr + index)).to(tl.int32)
+
+    return _find_place_by_bins_kernel
+
+
+@functools.cache
+def _find_place_by_tree() -> Any:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _find_place_by_tree_kernel(x, threshold_ptr, base_ptr):
+        half = x > tl.load(threshold_ptr + 7)
+        quarter = x > tl.where(half, tl.load(threshold_ptr + 11), tl.load(threshold_ptr + 3))
+        low = tl.where(quarter, tl.load(threshold_ptr + 5), tl.load(threshold_ptr + 1))
+        high = tl.where(quarter, tl.load(threshold_ptr + 13), tl.load(threshold_ptr + 9))
+        eighth = x > tl.where(half, high, low)
+        t0 = tl.where(eighth, tl.load(threshold_ptr + 2), tl.load(threshold_ptr))
+        t4 = tl.where(eighth, tl.load(threshold_ptr + 6), tl.load(threshold_ptr + 4))
+        t8 = tl.where(eighth, tl.load(threshold_ptr + 10), tl.load(threshold_ptr + 8))
+        t12 = tl.where(eighth, tl.load(threshold_ptr + 14), tl.load(threshold_ptr + 12))
+        last = x > tl.where(half, tl.where(quarter, t12, t8), tl.where(quarter, t4, t0))
+        place = (half.to(tl.int32) << 3) + (quarter.to(tl.int32) << 2)
+        return place + (eighth.to(tl.int32) << 1) + last.to(tl.int32)
+
+    return _find_place_by_tree_kernel
 
 
 @functools.cache

@@ -191,6 +191,8 @@ def _read_state(key: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]
         raise FormatError(f"{found[0]} says blocksize {state['blocksize']}; known: {', '.join(map(str, BLOCK_SIZES))}")
     if state["dtype"] not in _DTYPES:
         raise FormatError(f"{found[0]} says dtype {state['dtype']!r}; known: {', '.join(_DTYPES)}")
+    if not isinstance(state["shape"], list) or not all(isinstance(size, int) and size > 0 for size in state["shape"]):
+        raise FormatError(f"{found[0]} says shape {state['shape']!r}, which is no list of sizes")
     return state
 
 
