@@ -51,7 +51,6 @@ from typing import Literal, Protocol
 import torch
 
 from halfbyte.errors import ConfigError
-from halfbyte.memory.paged_state import PagedState
 from halfbyte.ops.backend import resolve_backend
 from halfbyte.quant.codebooks import dynamic_map
 
@@ -114,7 +113,7 @@ class AdamWState:
         group_of: Index of each tensor's parameter group.
         state_bits: 8 (codes) or 32 (fp32) for each moment.
         device: Of the tensors.
-        paged: Where the slab lives if not on `device`.
+        zeros: Makes the tensors of the slab, called as `zeros(*shape, dtype=dtype)`; on `device` unless given.
     """
 
     def __init__(
@@ -124,28 +123,24 @@ class AdamWState:
         *,
         state_bits: Literal[8, 32],
         device: torch.device,
-        paged: PagedState | None = None,
+        zeros: Callable[..., torch.Tensor] | None = None,
     ) -> None:
         self.numels = tuple(numels)
         self.group_of = tuple(group_of)
         self.state_bits = state_bits
         self.device = device
-        self.paged = paged
         self.first_block = [0]
         for numel in self.numels:
             self.first_block.append(self.first_block[-1] + math.ceil(numel / BLOCK_SIZE))
         num_blocks = self.first_block[-1]
 
-        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            if paged is not None:
-                return paged.zeros(*shape, dtype=dtype)
-            return torch.zeros(shape, dtype=dtype, device=device)
-
+        if zeros is None:
+            zeros = functools.partial(torch.zeros, device=device)
         dtype = torch.uint8 if state_bits == 8 else torch.float32
         self.m = zeros(num_blocks, BLOCK_SIZE, dtype=dtype)
         self.v = zeros(num_blocks, BLOCK_SIZE, dtype=dtype)
-        self.m_absmax = zeros(num_blocks) if state_bits == 8 else None
-        self.v_absmax = zeros(num_blocks) if state_bits == 8 else None
+        self.m_absmax = zeros(num_blocks, dtype=torch.float32) if state_bits == 8 else None
+        self.v_absmax = zeros(num_blocks, dtype=torch.float32) if state_bits == 8 else None
 
     @property
     def nbytes(self) -> int:

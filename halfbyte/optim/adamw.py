@@ -43,6 +43,7 @@ class Cohort:
     indices: tuple[int, ...]
     params: tuple[torch.nn.Parameter, ...]
     state: AdamWState
+    paged: PagedState | None
     stepper: Stepper
 
 
@@ -126,21 +127,22 @@ class FlatAdamW(torch.optim.Optimizer):
 
     def _build_cohort(self, device: torch.device, bits: int, rows: list[tuple[int, int, torch.nn.Parameter]]) -> Cohort:
         indices, group_of, params = zip(*rows, strict=True)
+        paged = PagedState(device) if self.paged else None
         state = AdamWState(
             [param.numel() for param in params],
             group_of,
             state_bits=8 if bits == 8 else 32,
             device=device,
-            paged=PagedState(device) if self.paged else None,
+            zeros=None if paged is None else paged.zeros,
         )
         for position, param in enumerate(params):
             self.state[param] = state.views(position)
-        return Cohort(indices, params, state, build_stepper(state))
+        return Cohort(indices, params, state, paged, build_stepper(state))
 
     def _export_state(self) -> dict[int, dict[str, Any]]:
         exported: dict[int, dict[str, Any]] = {}
         for cohort in self._cohorts:
-            paged = cohort.state.paged
+            paged = cohort.paged
             for position, step in enumerate(cohort.stepper.read_steps()):
                 if step > 0:
                     views = cohort.state.views(position)
@@ -150,7 +152,7 @@ class FlatAdamW(torch.optim.Optimizer):
 
     def _import_state(self, saved: dict[int, dict[str, Any]]) -> None:
         for cohort in self._cohorts:
-            paged = cohort.state.paged
+            paged = cohort.paged
             steps = [0] * len(cohort.params)
             for position, index in enumerate(cohort.indices):
                 if index not in saved:

@@ -74,7 +74,7 @@ def take_steps(
         GROUP_OF,
         state_bits=8 if state_bits == 8 else 32,
         device=where,
-        paged=PagedState(where) if paged else None,
+        zeros=PagedState(where).zeros if paged else None,
     )
     stepper = None if backend == "reference" else build_stepper(state, backend=backend)
     steps = [0] * len(params)

@@ -27,7 +27,7 @@ from halfbyte.ops.adamw8bit import (
     dequantize_8bit_reference,
     quantize_8bit_reference,
 )
-from halfbyte.ops.adamw8bit_torch import ELEMENTS_PER_THREAD, TorchStepper, make_chunks
+from halfbyte.ops.adamw8bit_torch import CHUNK_NUMEL, TorchStepper, make_chunks
 from halfbyte.quant.codebooks import dynamic_map
 from tests.ops.adamw8bit_cases import assert_right, assert_same_bits, last, take_steps
 from tests.oracles import UNIT_ROUNDOFF, assert_close
@@ -117,7 +117,7 @@ def test_adamw_step_torch_equals_reference(state_bits: int, dtype: torch.dtype) 
 
 @BITS
 def test_adamw_step_torch_cuts_large_tensors(state_bits: int) -> None:
-    numel = ELEMENTS_PER_THREAD * torch.get_num_threads() * 2 + 300
+    numel = CHUNK_NUMEL * 3 + 300
     grads, params = torch.randn(2, numel), [torch.ones(numel), torch.ones(numel)]
     states = [AdamWState([numel], [0], state_bits=8 if state_bits == 8 else 32, device=CPU) for _ in params]
     stepper = build_stepper(states[0])
