@@ -30,8 +30,10 @@ import torch
 from halfbyte.errors import FormatError
 from halfbyte.models.weights import LazyTensor
 
-SLOT_BYTES = 8 << 20
-MAX_READERS = 12
+# On an H100 host, 13.5 GB in the page cache reach the device in 0.48 s with these, in 0.6 s with 12 readers of 8 MiB, and
+# in 2 s with slots of 2 MiB.
+SLOT_BYTES = 16 << 20
+MAX_READERS = 8
 # Slots whose bytes are on their way while every reader fills another one.
 SPARE_SLOTS = 4
 # How far reading runs ahead of the caller; device memory pays for it.
@@ -110,14 +112,17 @@ class _Ring:
     def _move(self, tensor: LazyTensor, on_device: torch.Tensor, start: int) -> None:
         assert tensor.offset is not None
         slot = self._free.get()
-        if slot.copied is not None:
-            slot.copied.synchronize()
-        pinned = slot.pinned[: on_device.numel()]
-        _read_into(tensor, pinned, tensor.offset + start)
-        with torch.cuda.stream(self._copy_stream):
-            on_device.copy_(pinned, non_blocking=True)
-            slot.copied = self._copy_stream.record_event(slot.copied)
-        self._free.put(slot)
+        try:
+            if slot.copied is not None:
+                slot.copied.synchronize()
+            pinned = slot.pinned[: on_device.numel()]
+            _read_into(tensor, pinned, tensor.offset + start)
+            with torch.cuda.stream(self._copy_stream):
+                on_device.copy_(pinned, non_blocking=True)
+                slot.copied = self._copy_stream.record_event(slot.copied)
+        finally:
+            # Also after an error, or the readers behind this one would wait for ever.
+            self._free.put(slot)
 
 
 def _read_into(tensor: LazyTensor, buffer: torch.Tensor, offset: int) -> None:
