@@ -10,6 +10,7 @@ from halfbyte.models.adapter_files import load_adapter, save_adapter
 from halfbyte.models.describe import load_config, load_tokenizer
 from halfbyte.models.load import LoadedModel, load_model
 from halfbyte.models.report import LoadReport
+from halfbyte.models.run_folder import load_run
 from halfbyte.models.source import ModelSource, resolve_source
 from halfbyte.models.weights import LazyTensor, iter_weights
 
@@ -24,6 +25,7 @@ __all__ = [
     "load_adapter",
     "load_config",
     "load_model",
+    "load_run",
     "load_tokenizer",
     "read_adapter_config",
     "resolve_source",

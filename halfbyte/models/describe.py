@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -39,17 +40,21 @@ def load_config(source: ModelSource) -> PretrainedConfig:
         raise FormatError(f"{path} is not a valid configuration of {model_type!r}: {error}") from error
 
 
-def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: ModelSource, *, folder: Path | None = None) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model.
+
+    Args:
+        source: The model.
+        folder: Where the tokenizer is, if not beside the model.
 
     Raises:
         FormatError: There is none, or it cannot be read.
     """
-    options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file and folder is None else {}
     try:
-        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, **options)
+        return AutoTokenizer.from_pretrained(folder or source.folder, trust_remote_code=False, **options)
     except (ValueError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise FormatError(f"{source.folder}: no tokenizer can be read there: {error}") from error
+        raise FormatError(f"{folder or source.folder}: no tokenizer can be read there: {error}") from error
 
 
 def _load_gguf_config(source: ModelSource) -> PretrainedConfig:

@@ -48,11 +48,13 @@ class LoadedModel:
     """A transformers model of its own class. Its `halfbyte_workspace` holds the buffers its layers share."""
     source: ModelSource
     report: LoadReport
+    tokenizer_folder: Path | None = None
+    """Where the tokenizer is, if not beside the model."""
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the source, loaded when first asked for."""
-        return load_tokenizer(self.source)
+        """The tokenizer, loaded when first asked for."""
+        return load_tokenizer(self.source, folder=self.tokenizer_folder)
 
 
 def load_model(
