@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from halfbyte.ops import cross_entropy
-from halfbyte.ops.cross_entropy import chunked_cross_entropy, chunked_token_losses, cross_entropy_reference
+from halfbyte.ops.cross_entropy import (
+    chunked_cross_entropy,
+    chunked_token_losses,
+    cross_entropy_reference,
+    find_trained_tokens,
+)
 from tests.oracles import assert_close
 
 TOKENS, WIDTH, WORDS = 63, 32, 101
@@ -71,9 +76,22 @@ def test_chunked_cross_entropy_matches_fp64_in_16_bits(dtype: torch.dtype, optio
     check_against_fp64(dtype, "uneven", options)
 
 
+@pytest.mark.parametrize("block_tokens", [1, 5, 1000])
 @pytest.mark.parametrize("chunk_tokens", [1, 2, 37, 38, 1000, "auto"])
-def test_chunked_cross_entropy_does_not_depend_on_the_chunk(chunk_tokens: int) -> None:
+def test_chunked_cross_entropy_does_not_depend_on_the_chunk(
+    chunk_tokens: int, block_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy._Head, "_choose_block_tokens", lambda head: block_tokens)
     check_against_fp64(torch.float32, "uneven", {}, chunk_tokens=chunk_tokens)
+    check_against_fp64(torch.bfloat16, "uneven", {"softcap": 3.0}, chunk_tokens=chunk_tokens)
+
+
+def test_chunked_cross_entropy_believes_what_it_is_told_of_trained_tokens() -> None:
+    hidden, weight, _, labels = make_inputs(torch.float32)
+    trained = find_trained_tokens(labels)
+    assert trained.tolist() == [i for i, label in enumerate(labels.tolist()) if label != -100]
+    loss = chunked_cross_entropy(hidden, weight, labels, trained=trained)
+    assert loss.equal(chunked_cross_entropy(hidden, weight, labels))
 
 
 def test_chunked_cross_entropy_passes_gradcheck() -> None:
@@ -158,7 +176,8 @@ def test_chunked_cross_entropy_without_grad_skips_the_gradient(monkeypatch: pyte
     def refuse(*_: object) -> None:
         raise AssertionError("a gradient was computed")
 
-    monkeypatch.setattr(cross_entropy._Head, "differentiate", refuse)
+    monkeypatch.setattr(cross_entropy._Head, "multiply_back", refuse)
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", refuse)
     with torch.no_grad():
         assert chunked_cross_entropy(hidden, weight, labels).equal(expected)
     assert chunked_cross_entropy(hidden.detach(), weight.detach(), labels).equal(expected)
@@ -173,9 +192,10 @@ def test_chunked_cross_entropy_holds_one_chunk_of_logits(monkeypatch: pytest.Mon
         return empty(*size, **options)
 
     monkeypatch.setattr(cross_entropy.torch, "empty", record)
+    monkeypatch.setattr(cross_entropy._Head, "_choose_block_tokens", lambda head: 4)
     hidden, weight, _, labels = make_inputs(torch.bfloat16, "all")
     chunked_cross_entropy(hidden, weight, labels, chunk_tokens=10, softcap=3.0)
-    assert sorted(shapes) == [(9, WORDS)] * 3
+    assert sorted(shapes) == [(4, WORDS), (4, WORDS), (9, WORDS)]
 
 
 def test_chunked_cross_entropy_can_be_differentiated_again() -> None:
