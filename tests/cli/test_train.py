@@ -88,6 +88,26 @@ def test_train_names_its_folder_aloud(
     assert (tmp_path / "runs" / "tiny-llama-tickets-1" / "adapter_model.safetensors").exists()
 
 
+def test_train_resumes_and_overwrites_a_run(
+    halfbyte: Run, tmp_path: Path, model_folder: Path, examples_file: Path
+) -> None:
+    out = tmp_path / "out"
+    first = halfbyte("train", model_folder, examples_file, "--output", out, *TRAINING, "--train.max_steps=1")
+    assert (first.code, (out / "checkpoint-1").exists()) == (0, True)
+    resumed = halfbyte("train", out / "run.yaml", "--resume", "--train.max_steps=3")
+    assert resumed.code == 0
+    assert "step 3/3" in resumed.err
+    assert "step 1/3" not in resumed.err
+    assert load_config(out / "run.yaml").train.max_steps == 3
+    replaced = halfbyte("train", out / "run.yaml", "--overwrite", "--train.max_steps=2", "--lora.rank=2")
+    assert replaced.code == 0
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-2"}
+    assert load_config(out / "run.yaml").lora.rank == 2
+    nothing = halfbyte("train", model_folder, examples_file, "--output", tmp_path / "new", "--resume")
+    assert nothing.code == 2
+    assert "holds no checkpoint; leave --resume out to start a run there" in nothing.err
+
+
 def test_eval_measures_with_and_without_the_adapter(halfbyte: Run, run_folder: Path, held_out_file: Path) -> None:
     done = halfbyte("eval", run_folder, held_out_file, "--json")
     assert done.code == 0
