@@ -64,6 +64,8 @@ def dequantize_4bit(
     if not out.is_contiguous():
         width, row_stride = out.shape[1], out.stride(0)
         rows = "blocks" if width % block_size == 0 else "elements"
+    # Pairs "rounded" to fp32 are not rounded.
+    lookup = "pairs" if launch.lookup == "rounded" and table.dtype == torch.float32 else launch.lookup
     kernel = _kernel()
     with torch.cuda.device_of(out):
         kernel[(-(-num_blocks // blocks_per_program),)](
@@ -72,14 +74,14 @@ def dequantize_4bit(
             scales.absmax if scales.scale is None else scales.scale,
             scales.absmax if scales.offset is None else scales.offset,
             scales.dynamic_map,
-            table if launch.lookup == "codes" else table.view(-1).view(_WORD[table.dtype]),
+            table if lookup == "codes" else table.view(-1).view(_WORD[table.dtype]),
             out,
             num_blocks,
             packed.numel(),
             out.numel(),
             width,
             row_stride,
-            LOOKUP=launch.lookup,
+            LOOKUP=lookup,
             ROWS=rows,
             DOUBLE_QUANT=scales.scale is not None,
             PARTIAL=out.numel() % block_size != 0,

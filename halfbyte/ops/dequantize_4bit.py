@@ -102,7 +102,7 @@ def _kernel_table(codebook: str, lookup: str, dtype: torch.dtype, device: torch.
 
 
 def _dequantize_cpu(q: QuantizedTensor, out: torch.Tensor, workspace: Workspace) -> torch.Tensor:
-    absmax = restore_absmax_reference(q).unsqueeze(1)
+    absmax = _restore_absmax_cpu(q).unsqueeze(1)
     # Chunks of equal size: a short last one would be looked up whole all the same.
     num_chunks = -(-q.numel // (ELEMENTS_PER_THREAD * torch.get_num_threads()))
     num_blocks = -(-absmax.numel() // num_chunks)
@@ -129,3 +129,14 @@ def _dequantize_cpu(q: QuantizedTensor, out: torch.Tensor, workspace: Workspace)
             value_blocks[: part.numel()].mul_(part)
             target.copy_(values[: target.numel()])
     return out if out.is_contiguous() else out.copy_(flat.view(q.shape))
+
+
+def _restore_absmax_cpu(q: QuantizedTensor) -> torch.Tensor:
+    if q.absmax_scale is None or q.absmax_offset is None:
+        return q.absmax
+    restored = dynamic_map(True)[q.absmax.int()]
+    num_whole_groups = restored.numel() // ABSMAX_GROUP
+    whole, rest = restored.tensor_split([num_whole_groups * ABSMAX_GROUP])
+    whole.view(-1, ABSMAX_GROUP).mul_(q.absmax_scale[:num_whole_groups].unsqueeze(1))
+    rest.mul_(q.absmax_scale[num_whole_groups:])
+    return restored.add_(q.absmax_offset)
