@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from halfbyte.export import merge_adapter as merge_adapter
     from halfbyte.models import load_adapter as load_adapter
     from halfbyte.models import load_model as load_model
+    from halfbyte.models import load_run as load_run
     from halfbyte.models import save_adapter as save_adapter
     from halfbyte.models.generate import GenerationOptions as GenerationOptions
     from halfbyte.models.generate import generate_text as generate_text
@@ -68,7 +69,7 @@ _MODULES = {
     "data": ("build_renderer", "load_examples", "prepare", "split_held_out"),
     "errors": ("BackendError", "ConfigError", "DataError", "FormatError", "HalfbyteError", "PlanError"),
     "export": ("export_bnb4bit", "merge_adapter"),
-    "models": ("load_adapter", "load_model", "save_adapter"),
+    "models": ("load_adapter", "load_model", "load_run", "save_adapter"),
     "models.generate": ("GenerationOptions", "generate_text"),
     "nn": ("LoraSpec", "adapters_disabled", "attach_adapters"),
     "ops": ("dequantize_4bit", "quantize_4bit"),

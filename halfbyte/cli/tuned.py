@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from halfbyte.quant import QuantSpec
 
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TunedSource:
@@ -47,13 +49,13 @@ def find_tuned(name: str, overrides: Mapping[str, str]) -> TunedSource:
     """Return what `name` is: a run, an adapter or a model.
 
     Args:
-        name: Folder of a run or an adapter; or folder, file or hub id of a model.
+        name: Folder of a run, folder or file of an adapter; or folder, file or hub id of a model.
         overrides: Options from the command line, which win over the run's own.
 
     Raises:
         ConfigError: An adapter that names no base, or a folder that holds neither adapter nor model.
     """
-    folder = Path(name)
+    folder = Path(name).parent if Path(name).name in ADAPTER_FILES else Path(name)
     has_adapter = (folder / "adapter_config.json").exists()
     given = parse_overrides(overrides)
     values: dict[str, Any] = {"data.train": ""}
@@ -62,13 +64,15 @@ def find_tuned(name: str, overrides: Mapping[str, str]) -> TunedSource:
             raise ConfigError(f"{folder} holds a run that has not left an adapter; end it with halfbyte train --resume")
         values |= read_yaml(folder / "run.yaml")
     elif has_adapter:
-        values["model.path"] = given.get("model.path") or _base_of_adapter(folder / "adapter_config.json")
+        values |= _base_of_adapter(folder / "adapter_config.json")
     else:
         if folder.is_dir() and not (folder / "config.json").exists():
             raise ConfigError(f"{folder} holds no run, adapter or model")
         values |= {"model.path": name, "quant.enabled": False}
     if "model.dtype" in given:
         values = {name: value for name, value in values.items() if name not in ("train.bf16", "train.fp16")}
+    if "model.path" not in values | given:
+        raise ConfigError(f"{folder / 'adapter_config.json'} names no base model; name it with --model.path=MODEL")
     has_tokenizer = has_adapter and (folder / "tokenizer_config.json").exists()
     return TunedSource(
         config=make_config(values | given),
@@ -101,7 +105,7 @@ def load_tuned(source: TunedSource, *, console: Console) -> TunedModel:
         keep_freed_memory()
     return TunedModel(
         model=loaded.model,
-        tokenizer=loaded.tokenizer if source.tokenizer is None else find_tokenizer(str(source.tokenizer)),
+        tokenizer=dataclasses.replace(loaded, tokenizer_folder=source.tokenizer).tokenizer,
         has_adapter=source.adapter is not None,
     )
 
@@ -125,11 +129,11 @@ def quant_spec(options: QuantSection) -> QuantSpec | None:
     return QuantSpec(codebook=options.codebook, block_size=options.block_size, double_quant=options.double_quant)
 
 
-def _base_of_adapter(path: Path) -> str:
+def _base_of_adapter(path: Path) -> dict[str, Any]:
+    """Return what an adapter's configuration says of its base, as options."""
     try:
-        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        named = {"model.path": config.get("base_model_name_or_path"), "model.revision": config.get("revision")}
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise FormatError(f"{path} is no adapter configuration: {error}") from None
-    if not base:
-        raise ConfigError(f"{path} names no base model; name it with --model.path=MODEL")
-    return str(base)
+    return {name: str(value) for name, value in named.items() if value}

@@ -42,7 +42,9 @@ def test_find_tuned_computes_as_the_run_did_unless_told_otherwise(
 
 
 def test_find_tuned_takes_the_base_of_a_peft_adapter(tmp_path: Path) -> None:
-    source = find_tuned(str(write_adapter(tmp_path, base_model_name_or_path="base")), {})
+    source = find_tuned(str(write_adapter(tmp_path, base_model_name_or_path="base", revision="v2")), {})
+    assert source.config.model == ModelSection(path="base", revision="v2")
+    assert find_tuned(str(tmp_path / "adapter_model.safetensors"), {}) == source
     assert (source.config.model.path, source.adapter, source.tokenizer) == ("base", tmp_path, None)
     assert quant_spec(source.config.quant) == QuantSpec()
     assert find_tuned(str(tmp_path), {"model.path": "mine"}).config.model.path == "mine"
