@@ -2,7 +2,7 @@
 
 from halfbyte.nn.attach import AdapterReport, adapters_disabled, attach_adapters, iter_lora, iter_trainable
 from halfbyte.nn.convert import quantize_linears_
-from halfbyte.nn.inference import expanded_for_inference
+from halfbyte.nn.inference import expanded_for_inference, expanded_nbytes
 from halfbyte.nn.linear import Linear4bit
 from halfbyte.nn.lora import LoraLinear
 from halfbyte.nn.saved_module import SavedModule
@@ -17,6 +17,7 @@ __all__ = [
     "adapters_disabled",
     "attach_adapters",
     "expanded_for_inference",
+    "expanded_nbytes",
     "iter_lora",
     "iter_trainable",
     "quantize_linears_",

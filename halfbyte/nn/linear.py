@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from halfbyte.nn.expanded import ExpandedWeight
 from halfbyte.ops.dequantize_4bit import dequantize_4bit
 from halfbyte.ops.linear_4bit import linear_4bit
 from halfbyte.ops.quantize_4bit import quantize_4bit
@@ -35,7 +36,7 @@ class Linear4bit(nn.Module):
         super().__init__()
         self.out_features, self.in_features = q.shape
         self.workspace = workspace
-        self._expanded: torch.Tensor | None = None
+        self.expanded: ExpandedWeight | None = None
         for name in TENSOR_NAMES:
             self.register_buffer(name, None)
         self._set_quantized(q)
@@ -71,22 +72,14 @@ class Linear4bit(nn.Module):
         return dequantize_4bit(self.quantized)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._expanded is not None and self._expanded.dtype == x.dtype and not torch.is_grad_enabled():
-            return nn.functional.linear(x, self._expanded, self.bias)
+        if self.expanded is not None and self.expanded.is_usable(x):
+            return self.expanded.multiply(x, with_adapter=False)
         return linear_4bit(x, self.quantized, self.bias, workspace=self.workspace)
 
-    @property
-    def is_expanded(self) -> bool:
-        return self._expanded is not None
-
     @torch.no_grad()
-    def expand(self, dtype: torch.dtype) -> None:
-        """Keep the weight in `dtype` for inference until `release`."""
-        self._expanded = dequantize_4bit(self.quantized, dtype=dtype)
-
-    def release(self) -> None:
-        """Forget what `expand` kept."""
-        self._expanded = None
+    def expand(self, dtype: torch.dtype) -> ExpandedWeight:
+        """Return the weight expanded to `dtype`; as `expanded`, forwards without grad use it."""
+        return ExpandedWeight.of_base(dequantize_4bit(self.quantized, dtype=dtype), self.bias)
 
     def extra_repr(self) -> str:
         spec = self._spec

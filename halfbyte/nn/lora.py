@@ -10,30 +10,16 @@ Sources: Hu et al., LoRA, arXiv 2106.09685; Kalajdzievski, rsLoRA, arXiv 2312.03
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from halfbyte.nn.expanded import ExpandedWeight
 from halfbyte.nn.linear import Linear4bit
 from halfbyte.ops.lora_linear import LoraOptions, lora_linear
 from halfbyte.ops.workspace import Workspace
-
-# T tokens, D in_features, F out_features, R rank, E = F + R
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ExpandedLora:
-    """What one product needs while the base weight is kept expanded, see `halfbyte.nn.inference`."""
-
-    weights_ED: torch.Tensor
-    """The base weight with lora_A below it, so that one product gives the base's output and the adapter's input."""
-    bias_E: torch.Tensor | None
-    """The base's bias, then zeros."""
-    scaled_B_RF: torch.Tensor
-    """lora_B transposed, times the scaling."""
 
 
 class LoraLinear(nn.Module):
@@ -55,7 +41,7 @@ class LoraLinear(nn.Module):
         self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
         self.adapter_enabled = True
         self.workspace = workspace or (base.workspace if isinstance(base, Linear4bit) else Workspace())
-        self._expanded: ExpandedLora | None = None
+        self.expanded: ExpandedWeight | None = None
         self._options = LoraOptions(scaling=self.scaling)
         self._training_options = LoraOptions(scaling=self.scaling, dropout=dropout)
         device = base.packed.device if isinstance(base, Linear4bit) else base.weight.device
@@ -120,8 +106,8 @@ class LoraLinear(nn.Module):
         return self.base.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._expanded is not None and self._is_expanded_usable(x):
-            return self._forward_expanded(x, self._expanded)
+        if self.expanded is not None and not (self.training and self.dropout) and self.expanded.is_usable(x):
+            return self.expanded.multiply(x, with_adapter=self.adapter_enabled)
         if not self.adapter_enabled:
             return self.base(x)
         weight = self.base.quantized if isinstance(self.base, Linear4bit) else self.base.weight
@@ -133,37 +119,14 @@ class LoraLinear(nn.Module):
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, scaling={self.scaling:.4g}, dropout={self.dropout}"
 
-    @property
-    def is_expanded(self) -> bool:
-        return self._expanded is not None
-
     @torch.no_grad()
-    def expand(self, dtype: torch.dtype) -> None:
-        """Keep the base's weight in `dtype` for inference until `release`."""
-        weights_ED = torch.cat([self.base.weight.to(dtype), self.lora_A.to(dtype)])
-        bias = self.base.bias
-        self._expanded = ExpandedLora(
-            weights_ED=weights_ED,
-            bias_E=None if bias is None else nn.functional.pad(bias.to(dtype), (0, self.rank)),
-            scaled_B_RF=(self.lora_B.T * self.scaling).to(dtype).contiguous(),
-        )
-
-    def release(self) -> None:
-        """Forget what `expand` kept."""
-        self._expanded = None
-
-    def _is_expanded_usable(self, x: torch.Tensor) -> bool:
-        if torch.is_grad_enabled() or (self.training and self.dropout):
-            return False
-        return self._expanded is not None and self._expanded.weights_ED.dtype == x.dtype
-
-    def _forward_expanded(self, x: torch.Tensor, expanded: ExpandedLora) -> torch.Tensor:
-        num_out = self.base.out_features
-        if not self.adapter_enabled:
-            return nn.functional.linear(x, expanded.weights_ED[:num_out], self.base.bias)
-        both = nn.functional.linear(x.reshape(-1, x.shape[-1]), expanded.weights_ED, expanded.bias_E)
-        y_TF = torch.addmm(both[:, :num_out], both[:, num_out:], expanded.scaled_B_RF)
-        return y_TF.view(*x.shape[:-1], num_out)
+    def expand(self, dtype: torch.dtype) -> ExpandedWeight:
+        """Return base and adapter expanded to `dtype`; as `expanded`, forwards without grad use it."""
+        if isinstance(self.base, Linear4bit):
+            base = self.base.expand(dtype)
+        else:
+            base = ExpandedWeight.of_base(self.base.weight.detach().to(dtype), self.base.bias)
+        return ExpandedWeight.of_adapter(base, self.lora_A, self.lora_B, scaling=self.scaling)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LoraLinear:
         masters = {name: getattr(self, name).data for name in ("lora_A", "lora_B")}

@@ -5,14 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halfbyte.nn import Linear4bit, LoraLinear, LoraSpec, adapters_disabled, expanded_for_inference, iter_trainable
+from halfbyte.nn import (
+    Linear4bit,
+    LoraLinear,
+    LoraSpec,
+    adapters_disabled,
+    expanded_for_inference,
+    expanded_nbytes,
+    iter_trainable,
+)
+from halfbyte.nn.expanded import FEW_TOKENS
 from tests.nn.models import WORDS, make_tokens, tiny_quantized_llama
 from tests.nn.test_attach import adapted_llama, gradients
 from tests.oracles import assert_close
 
 
-def expandable(model: torch.nn.Module) -> list[Linear4bit | LoraLinear]:
-    return [module for module in model.modules() if isinstance(module, (Linear4bit, LoraLinear))]
+def num_expanded(model: torch.nn.Module) -> int:
+    layers = [module for module in model.modules() if isinstance(module, (Linear4bit, LoraLinear))]
+    return sum(layer.expanded is not None for layer in layers)
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["base", "adapted"])
@@ -22,13 +32,13 @@ def test_expanded_for_inference_gives_the_same_logits(adapted: bool) -> None:
     with torch.no_grad():
         expected = model(tokens).logits
         with expanded_for_inference(model):
-            assert sum(module.is_expanded for module in expandable(model)) == 14
+            assert num_expanded(model) == 14
             logits = model(tokens).logits
             one = model(tokens[:, :1]).logits
         assert_close("logits", expected, logits, dtype=torch.float32, roundings=32, reduction_length=WORDS)
         assert_close("one", expected[:, :1], one, dtype=torch.float32, roundings=32, reduction_length=WORDS)
         assert model(tokens).logits.equal(expected)
-    assert not any(module.is_expanded for module in expandable(model))
+    assert num_expanded(model) == 0
 
 
 def test_expanded_for_inference_respects_disabled_adapters() -> None:
@@ -52,14 +62,37 @@ def test_expanded_for_inference_leaves_training_alone() -> None:
     assert all(inside[name].equal(grad) and after[name].equal(grad) for name, grad in expected.items())
 
 
-def test_expanded_for_inference_expands_to_the_dtype_of_the_model() -> None:
-    model = adapted_llama().eval().bfloat16()
-    with torch.no_grad(), expanded_for_inference(model):
-        layer = model.model.layers[0].mlp.up_proj
-        assert layer._expanded.weights_ED.dtype == torch.bfloat16
-        assert layer._expanded.weights_ED.shape == (96 + 4, 64)
-        assert model(make_tokens()).logits.dtype == torch.bfloat16
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_expanded_for_inference_keeps_the_dtype_of_activations(dtype: torch.dtype | None) -> None:
+    model, tokens = adapted_llama().eval().bfloat16(), make_tokens()
+    with torch.no_grad():
+        expected = model(tokens).logits
+        with expanded_for_inference(model, dtype=dtype):
+            layer = model.model.layers[0].mlp.up_proj
+            assert layer.expanded.weight_FD.dtype == (dtype or torch.float32)
+            assert layer.expanded.both_ED.shape == (96 + 4, 64)
+            logits = model(tokens).logits
+    assert logits.dtype == torch.bfloat16
+    # About forty roundings in a row on either side.
+    assert_close("logits", expected, logits, dtype=torch.bfloat16, roundings=80)
     assert all(parameter.dtype == torch.float32 for _, parameter in iter_trainable(model))
+
+
+def test_expanded_for_inference_multiplies_many_tokens_in_16_bits() -> None:
+    layer = adapted_llama().eval().bfloat16().model.layers[0].mlp.up_proj
+    many = torch.randn(FEW_TOKENS + 1, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = layer(many)
+        layer.expanded = layer.expand(torch.float32)
+        assert layer(many).equal(expected)
+        assert not layer(many[:-1]).equal(expected[:-1])
+
+
+def test_expanded_nbytes_is_what_it_takes() -> None:
+    model = tiny_quantized_llama()
+    elements = sum(m.quantized.numel for m in model.modules() if isinstance(m, Linear4bit))
+    assert expanded_nbytes(model) == 4 * elements
+    assert expanded_nbytes(adapted_llama(), dtype=torch.bfloat16) == 2 * elements
 
 
 def test_expanded_for_inference_can_be_nested_and_broken_out_of() -> None:
@@ -67,7 +100,7 @@ def test_expanded_for_inference_can_be_nested_and_broken_out_of() -> None:
     with expanded_for_inference(model):
         with expanded_for_inference(model):
             pass
-        assert any(module.is_expanded for module in expandable(model))
+        assert num_expanded(model) == 14
     with pytest.raises(KeyError), expanded_for_inference(model):
         raise KeyError
-    assert not any(module.is_expanded for module in expandable(model))
+    assert num_expanded(model) == 0

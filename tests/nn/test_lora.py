@@ -141,8 +141,8 @@ def test_lora_linear_expanded_equals_not_expanded(enabled: bool, with_bias: bool
         x = torch.randn(shape)
         with torch.no_grad():
             expected = layer(x)
-            layer.expand(torch.float32)
+            layer.expanded = layer.expand(torch.float32)
             actual = layer(x)
-            layer.release()
+            layer.expanded = None
         assert actual.is_contiguous()
         assert_close(str(shape), expected, actual, dtype=torch.float32, roundings=8, reduction_length=96)
