@@ -27,7 +27,8 @@ VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 # Longer arrays are vocabulary; the longest that describes a model has one entry a layer.
 MAX_KEPT_ARRAY = 1024
-CHUNK_ELEMENTS = 1 << 20
+# Small enough for the cache: the package makes several passes.
+CHUNK_ELEMENTS = 1 << 16
 # struct formats by value type; 8 is a string, 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -83,14 +84,15 @@ class GgufFile:
             return torch.frombuffer(self._map, dtype=dtype, count=count, offset=tensor.offset).view(tensor.shape)
         raw = torch.frombuffer(self._map, dtype=torch.uint8, count=tensor.num_bytes, offset=tensor.offset)
         weight = torch.empty(tensor.shape)
-        rows, raw_rows = weight.view(-1, tensor.shape[-1]), raw.view(count // tensor.shape[-1], -1).numpy()
         quantization_type = self._quantization.GGMLQuantizationType[tensor.type_name]
-        # The package holds several copies of what it dequantises.
-        chunk_rows = max(1, CHUNK_ELEMENTS // tensor.shape[-1])
-        for start in range(0, rows.shape[0], chunk_rows):
-            stop = start + chunk_rows
-            values = self._quantization.quants.dequantize(raw_rows[start:stop], quantization_type)
-            rows[start:stop] = torch.from_numpy(values)
+        block_elements, block_bytes = self._quantization.GGML_QUANT_SIZES[quantization_type]
+        # The package holds several copies of what it dequantises, and takes rows in small groups: one long row is best.
+        num_blocks = CHUNK_ELEMENTS // block_elements
+        for out, chunk in zip(
+            weight.view(-1).split(num_blocks * block_elements), raw.split(num_blocks * block_bytes), strict=True
+        ):
+            values = self._quantization.quants.dequantize(chunk.view(1, -1).numpy(), quantization_type)
+            out.copy_(torch.from_numpy(values).view(-1))
         return weight
 
     def _walk_header(self) -> None:
