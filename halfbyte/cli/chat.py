@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from halfbyte.cli.answers import add_answer_arguments, answer, build_chat_renderer, check_comparable, generation_options
 from halfbyte.cli.arguments import CommandParser
 from halfbyte.cli.console import progress_console, result_console
-from halfbyte.cli.tuned import TunedModel, find_tuned, load_tuned
+from halfbyte.cli.tuned import RUN_DEFAULTS, TunedModel, find_tuned, load_tuned
 from halfbyte.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ HINT = "/reset forgets the conversation, /quit (or Ctrl-D) ends it"
 
 def add_arguments(parser: CommandParser) -> None:
     add_answer_arguments(parser)
-    parser.epilog = f"in the conversation: {HINT}."
+    parser.epilog = f"in the conversation: {HINT}.\n\n{RUN_DEFAULTS}"
 
 
 def run(args: argparse.Namespace) -> int:

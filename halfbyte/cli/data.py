@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from halfbyte.cli.arguments import CommandParser, add_override, at_least
 from halfbyte.cli.console import printable, result_console
-from halfbyte.cli.tuned import find_tokenizer
+from halfbyte.cli.tuned import READING, find_tokenizer
 from halfbyte.config.load import make_section, parse_overrides
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from halfbyte.data import TokenSpan
 
-SECTIONS = ("data", "model.revision")
+SECTIONS = (*READING, "model.revision")
 TRAINED_STYLE, READ_STYLE = "bold green", "dim"
 MARKERS = ("[[", "]]")
 

@@ -6,19 +6,19 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from halfbyte.cli.arguments import CommandParser, add_override, at_least
+from halfbyte.cli.arguments import CommandParser, at_least
 from halfbyte.cli.console import progress_console
-from halfbyte.cli.tuned import TunedModel, find_tuned, load_tuned
+from halfbyte.cli.tuned import READING, RUN_DEFAULTS, TunedModel, find_tuned, load_tuned
 
 if TYPE_CHECKING:
     from halfbyte.config import DataSection
     from halfbyte.data import PreparedData
     from halfbyte.train.evaluate import HeldOut
 
-SECTIONS = ("model", "quant", "data")
-EXPLANATION = """
-The examples are read as the run read its own (format, columns, template, max_length), unless --data options say
-otherwise. Perplexity is exp(loss); loss is in nats a token, over the tokens that training would learn.
+SECTIONS = ("model", "quant", *READING, "data.packing")
+EXPLANATION = f"""
+{RUN_DEFAULTS}
+Perplexity is exp(loss); loss is in nats a token, over the tokens that training would learn.
 """
 
 
@@ -32,7 +32,6 @@ def add_arguments(parser: CommandParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    add_override(args, "data.held_out", args.held_out)
     source = find_tuned(args.tuned, args.overrides)
     console = progress_console()
     tuned = load_tuned(source, console=console)

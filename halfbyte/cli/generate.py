@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from halfbyte.cli.answers import add_answer_arguments, answer, build_chat_renderer, check_comparable, generation_options
 from halfbyte.cli.arguments import CommandParser
 from halfbyte.cli.console import progress_console
-from halfbyte.cli.tuned import TunedModel, TunedSource, find_tuned, load_tuned
+from halfbyte.cli.tuned import RUN_DEFAULTS, TunedModel, TunedSource, find_tuned, load_tuned
 from halfbyte.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("--file", metavar="FILE", type=Path, help="file of prompts, one a line")
     parser.add_argument("--raw", action="store_true", help="go on from the prompt as it is, without the chat template")
     parser.add_argument("--json", action="store_true", help="one JSON object an answer")
-    parser.epilog = EXAMPLES
+    parser.epilog = f"{EXAMPLES}\n{RUN_DEFAULTS}"
 
 
 def run(args: argparse.Namespace) -> int:

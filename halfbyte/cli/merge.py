@@ -7,17 +7,19 @@ from pathlib import Path
 
 from halfbyte.cli.arguments import CommandParser
 from halfbyte.cli.console import progress_console
-from halfbyte.cli.tuned import find_tuned, quant_spec
+from halfbyte.cli.tuned import RUN_DEFAULTS, find_tuned, quant_spec
 from halfbyte.config.output import refuse_used_folder
 from halfbyte.errors import ConfigError
 
-SECTIONS = ("model", "quant")
-EXPLANATION = """
+SECTIONS = ("model.path", "model.revision", "quant")
+EXPLANATION = f"""
 onto original     the base's own 16-bit weights. The adapter was trained on their 4-bit form, so the result differs a
                   little from what was trained.
 onto dequantized  the 4-bit form written out in 16 bits, which is what the adapter was trained on.
 
 halfbyte eval MERGED HELD_OUT measures which is better for yours.
+
+{RUN_DEFAULTS}
 """
 
 

@@ -10,29 +10,42 @@ from halfbyte.cli.console import progress_console
 from halfbyte.cli.tuned import quant_spec
 from halfbyte.config.load import make_section, parse_overrides
 from halfbyte.config.output import refuse_used_folder
-from halfbyte.errors import ConfigError
 
-SECTIONS = ("quant", "model.revision", "model.dtype", "model.device", "model.allow_16bit_experts")
+SECTIONS = ("quant.codebook", "quant.block_size", "quant.double_quant", "model.revision", "model.allow_16bit_experts")
 
 
 def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("source", metavar="MODEL", help="hub id, folder or GGUF file")
     parser.add_argument("output", metavar="OUT", help="folder to write; it may not hold a model already")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16"),
+        default="auto",
+        help="of what stays in 16 bits, and of products; default: the model's own",
+    )
     parser.epilog = "example: halfbyte quantize HuggingFaceTB/SmolLM2-135M-Instruct smollm2-nf4"
 
 
 def run(args: argparse.Namespace) -> int:
     add_override(args, "model.path", args.source)
     values = parse_overrides(args.overrides)
-    model, spec = make_section("model", values), quant_spec(make_section("quant", values))
-    if spec is None:
-        raise ConfigError("quant.enabled is false, and quantising is all that this command does")
+    options, spec = make_section("model", values), quant_spec(make_section("quant", values))
     output = refuse_used_folder(Path(args.output))
     console = progress_console()
 
-    from halfbyte.export import export_bnb4bit
+    import torch
 
-    report = export_bnb4bit(model.path, output, spec)
+    from halfbyte.export import export_bnb4bit
+    from halfbyte.models import resolve_source
+
+    assert spec is not None, "quant.enabled is no option here"
+    report = export_bnb4bit(
+        resolve_source(options.path, options.revision),
+        output,
+        spec,
+        dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
+        allow_16bit_experts=options.allow_16bit_experts,
+    )
     console.print(str(report), markup=False)
     console.print(f"wrote {output}", style="bold", markup=False)
     return 0

@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
     from halfbyte.quant import QuantSpec
 
+RUN_DEFAULTS = "The options below are as the run had them, unless given here; defaults are those of a run."
+# Options of how examples are read, for commands that take examples.
+READING = tuple(
+    f"data.{name}"
+    for name in ("split", "format", "columns", "system", "chat_template", "train_on", "max_length", "overlong")
+)
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 

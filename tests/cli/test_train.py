@@ -204,10 +204,11 @@ def test_merge_refuses_a_model_without_an_adapter(halfbyte: Run, model_folder: P
 def test_quantize_writes_what_halfbyte_and_transformers_load(
     halfbyte: Run, model_folder: Path, held_out_file: Path, tmp_path: Path
 ) -> None:
-    done = halfbyte("quantize", model_folder, tmp_path / "nf4", "--quant.double_quant=false")
+    done = halfbyte("quantize", model_folder, tmp_path / "nf4", "--quant.double_quant=false", "--dtype=float16")
     assert done.code == 0
     config = json.loads((tmp_path / "nf4" / "config.json").read_text())["quantization_config"]
     assert (config["bnb_4bit_quant_type"], config["bnb_4bit_use_double_quant"]) == ("nf4", False)
+    assert config["bnb_4bit_compute_dtype"] == "float16"
     words = ["--json", "--data.max_length=128"]
     stored = halfbyte("eval", tmp_path / "nf4", held_out_file, *words)
     loaded = halfbyte("eval", model_folder, held_out_file, *words, "--quant.enabled", "--quant.double_quant=false")
