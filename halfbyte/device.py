@@ -189,6 +189,13 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def available_bytes() -> int:
+    """Return the bytes of host memory that a program could still take, droppable pages of files included."""
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

@@ -128,6 +128,12 @@ def test_resident_bytes_follows_what_is_held_and_leaves_mapped_files_out(tmp_pat
     assert above_peak <= 0
 
 
+def test_available_bytes_is_part_of_the_host() -> None:
+    host = device.describe_machine().host_bytes
+    assert host is not None
+    assert 0 < device.available_bytes() < host
+
+
 def test_resident_bytes_works_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "PROCESS_STATUS", tmp_path / "absent")
     resident, peak = device.resident_bytes(), device.peak_resident_bytes()

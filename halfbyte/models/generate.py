@@ -5,7 +5,7 @@ of its overhead, and with the adapter unmerged. Prompts of a batch are padded on
 was: train or eval mode of every module, no cached state, no draw from the global random numbers.
 
 On a CPU, 4-bit weights are kept expanded while generating, because one token reads each weight once and expanding it
-costs more than the product.
+costs more than the product; not so where that would take more than half of the memory that is left.
 
 Shapes: B prompts of a batch, T tokens, V vocabulary.
 """
@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from halfbyte.device import available_bytes
 from halfbyte.errors import ConfigError
 from halfbyte.models.modes import eval_mode
-from halfbyte.models.packed_inputs import compute_dtype_of
-from halfbyte.nn import expanded_for_inference
+from halfbyte.nn import expanded_for_inference, expanded_nbytes
 
 Message = dict[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -173,8 +173,8 @@ def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 @contextlib.contextmanager
 def inference_state(model: PreTrainedModel) -> Iterator[None]:
     """Put the model into eval mode without gradients, and back into exactly the state it was in."""
-    on_cpu = _device(model).type == "cpu"
-    expanded = expanded_for_inference(model, dtype=compute_dtype_of(model)) if on_cpu else contextlib.nullcontext()
+    affordable = _device(model).type == "cpu" and expanded_nbytes(model) < available_bytes() // 2
+    expanded = expanded_for_inference(model) if affordable else contextlib.nullcontext()
     # no_grad, not inference_mode: scratch buffers that grow in here are written again in training.
     with eval_mode(model), torch.no_grad(), expanded:
         yield
