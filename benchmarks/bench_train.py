@@ -251,6 +251,7 @@ def reset_peak(device: torch.device) -> None:
     """Start peak memory from what is held now, where the system allows it."""
     gc.collect()
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return
     clear = Path("/proc/self/clear_refs")

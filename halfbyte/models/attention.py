@@ -101,6 +101,10 @@ def packed_attention_forward(
         ConfigError: The model asks for something that this attention cannot do on a packed batch.
     """
     if kwargs.get("cu_seq_lens_q") is None:
+        if attention_mask is not None and attention_mask.numel() == 1 and query_BNTH.shape[2] > 1:
+            raise ConfigError(
+                f"{type(module).__name__} is not told where documents end; choose another model.attention"
+            )
         return _attend_unpacked(module, query_BNTH, key_BNTH, value_BNTH, attention_mask, dropout, scaling, kwargs)
     _refuse_what_packing_excludes(module, query_BNTH, key_BNTH, kwargs)
     rows, _, tokens, _ = query_BNTH.shape
@@ -113,6 +117,8 @@ def packed_attention_forward(
     )
     boundaries = kwargs["cu_seq_lens_q"]
     layout = kwargs.get("document_layout") or DocumentLayout.from_boundaries(boundaries.tolist())
+    if layout.runs == ((rows, tokens),):
+        return attend.causal(query_BNTH, key_BNTH, value_BNTH).transpose(1, 2).contiguous(), None
     flat = [t.transpose(1, 2).flatten(0, 1) for t in (query_BNTH, key_BNTH, value_BNTH)]
     if len(layout.runs) > 1 and attend.varlen_fits(query_BNTH):
         out_TNH = attend.varlen(*flat, boundaries=boundaries, max_length=layout.max_length)

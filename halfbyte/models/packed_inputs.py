@@ -4,8 +4,8 @@ Ours and flash attention take the boundaries. sdpa and eager ignore them and nee
 flex attention a block mask; a model that mixes full and sliding layers takes one of each, by layer type. Position ids
 alone are not relied on: they isolate only under some implementations and only without a cache.
 
-Since an implementation can ignore what it is given, `prove_isolation` tries it on the model at hand: it changes the
-first of two packed documents and looks whether the second one notices.
+Since an implementation can ignore what it is given, it is tried on the model at hand: `prove_isolation` changes the
+first of two packed documents and looks whether the second one notices, `prove_causality` the end of a row.
 
 Shapes: B rows, T tokens a row.
 """
@@ -40,13 +40,20 @@ def build_forward_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> di
         ConfigError: The model has layers that cannot keep packed documents apart.
     """
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
-    boundaries = batch.get("cu_seq_lens")
-    if boundaries is None:
-        return inputs
-    inputs["position_ids"] = batch["position_ids"]
     implementation = model.config._attn_implementation
+    boundaries, layout = batch.get("cu_seq_lens"), batch.get("document_layout")
+    if boundaries is None:
+        if implementation != PACKED_ATTENTION:
+            return inputs
+        # Each row is a document: transformers, left alone, waits for the device to find out whether it is.
+        rows, tokens = batch["input_ids"].shape
+        device = batch["input_ids"].device
+        boundaries = torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32, device=device)
+        layout = DocumentLayout(runs=((rows, tokens),), max_length=tokens)
+    else:
+        inputs["position_ids"] = batch["position_ids"]
     if implementation == PACKED_ATTENTION or "flash" in implementation:
-        layout = batch.get("document_layout") or DocumentLayout.from_boundaries(boundaries.tolist())
+        layout = layout or DocumentLayout.from_boundaries(boundaries.tolist())
         inputs |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
         inputs |= {"max_length_q": layout.max_length, "max_length_k": layout.max_length}
     if implementation == PACKED_ATTENTION:
@@ -64,32 +71,51 @@ def prove_isolation(model: PreTrainedModel) -> None:
     Raises:
         ConfigError: It has.
     """
-    embedding = _embedding_weight(model)
-    vocabulary, device = embedding.shape[0], embedding.device
     first, second = PROBE_LENGTHS
-    ids = torch.arange(1, first + second + 1, device=device).remainder(vocabulary)[None]
-    positions = torch.cat([torch.arange(first), torch.arange(second)])[None].to(device)
-    boundaries = torch.tensor([0, first, first + second], dtype=torch.int32, device=device)
-    other = ids.clone()
-    other[:, :first] = (ids[:, :first] * 7 + 5).remainder(vocabulary)
-    outs = []
-    with eval_mode(model), torch.no_grad():
-        for probe in (ids, other):
-            batch = {"input_ids": probe, "position_ids": positions, "cu_seq_lens": boundaries}
-            outs.append(read_hidden_states(model, batch).float()[:, first:])
-    change = (outs[0] - outs[1]).abs().max().item()
-    # Kernels that order their sums by the whole batch may differ in the last bits; a leak is far larger.
-    limit = 8 * torch.finfo(compute_dtype_of(model)).eps * outs[0].abs().max().item()
-    if not change <= limit:
+    positions = torch.cat([torch.arange(first), torch.arange(second)])[None]
+    boundaries = torch.tensor([0, first, first + second], dtype=torch.int32)
+    packed = {"position_ids": positions, "cu_seq_lens": boundaries}
+    if not _is_unmoved(model, packed, changed=slice(first), watched=slice(first, None)):
         raise ConfigError(
             f"{type(model).__name__} with attention {model.config._attn_implementation!r} lets packed examples see "
             "each other (its layers carry state between tokens, or ignore document boundaries); set data.packing=false"
         )
 
 
+def prove_causality(model: PreTrainedModel) -> None:
+    """Make sure, by trying, that tokens of a padded batch are not influenced by what comes after them.
+
+    Raises:
+        ConfigError: They are.
+    """
+    first, _ = PROBE_LENGTHS
+    if not _is_unmoved(model, {}, changed=slice(first, None), watched=slice(first)):
+        raise ConfigError(
+            f"{type(model).__name__} with attention {model.config._attn_implementation!r} lets tokens see those after "
+            "them; choose another model.attention"
+        )
+
+
 def read_hidden_states(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor:
     """Return the decoder's last hidden states (rows, tokens, width), without the output head."""
     return model.base_model(**build_forward_inputs(model, batch)).last_hidden_state
+
+
+@torch.no_grad()
+def _is_unmoved(model: PreTrainedModel, batch: dict[str, torch.Tensor], *, changed: slice, watched: slice) -> bool:
+    """Say whether the states of the watched tokens stay as they are when the changed ones become others."""
+    embedding = _embedding_weight(model)
+    ids = torch.arange(1, sum(PROBE_LENGTHS) + 1).remainder(embedding.shape[0])[None]
+    other = ids.clone()
+    other[:, changed] = (ids[:, changed] * 7 + 5).remainder(embedding.shape[0])
+    states = []
+    with eval_mode(model):
+        for probe in (ids, other):
+            inputs = {name: tensor.to(embedding.device) for name, tensor in {"input_ids": probe, **batch}.items()}
+            states.append(read_hidden_states(model, inputs).float()[:, watched])
+    change = (states[0] - states[1]).abs().max().item()
+    # Kernels that order their sums by the whole batch may differ in the last bits; an influence is far larger.
+    return change <= 8 * torch.finfo(compute_dtype_of(model)).eps * states[0].abs().max().item()
 
 
 def compute_dtype_of(model: PreTrainedModel) -> torch.dtype:

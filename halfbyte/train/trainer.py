@@ -30,7 +30,7 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Prog
 from halfbyte.data.examples import TokenizedExample
 from halfbyte.errors import ConfigError
 from halfbyte.models.adapter_files import save_adapter
-from halfbyte.models.packed_inputs import compute_dtype_of, prove_isolation
+from halfbyte.models.packed_inputs import compute_dtype_of, prove_causality, prove_isolation
 from halfbyte.nn import LoraSpec, iter_trainable
 from halfbyte.nn.attach import count_parameters
 from halfbyte.optim import build_optimizer
@@ -132,8 +132,8 @@ class HalfbyteTrainer(Trainer):
         self.held_out_step = -1
         self.loss_path = LossPath(model)
         self.notes.append(self.loss_path.note)
-        if options.row_tokens is not None:
-            prove_isolation(model)
+        prove = prove_causality if options.row_tokens is None else prove_isolation
+        prove(model)
         self.guard: StepGuard | None = None
         self.scaler = LossScaler(self.model_device) if compute_dtype_of(model) == torch.float16 else None
         self._trainable_count, self._total_count = count_parameters(model)

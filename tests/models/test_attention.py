@@ -11,7 +11,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from halfbyte.errors import ConfigError
 from halfbyte.models.attention import DocumentLayout, packed_attention_forward, register_packed_attention
-from halfbyte.models.packed_inputs import build_forward_inputs, prove_isolation, read_hidden_states
+from halfbyte.models.packed_inputs import (
+    build_forward_inputs,
+    prove_causality,
+    prove_isolation,
+    read_hidden_states,
+)
 from tests.oracles import assert_close
 from tests.train.tiny import CONFIGS, VOCABULARY, build_tiny
 
@@ -146,6 +151,7 @@ def test_prove_isolation_accepts_what_isolates(family: str, backend: str) -> Non
     model = build_tiny(family)
     use_attention(model, backend)
     prove_isolation(model)
+    prove_causality(model)
     assert model.training
 
 
@@ -164,6 +170,29 @@ def test_prove_isolation_refuses_what_leaks() -> None:
     model = build_tiny("llama", attention="leaky")
     with pytest.raises(ConfigError, match="see each other"):
         prove_isolation(model)
+    prove_causality(model)
+
+
+def test_prove_causality_refuses_what_looks_ahead() -> None:
+    def sees_everything(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        return sdpa_attention_forward(module, query, key, value, None, is_causal=False)
+
+    AttentionInterface.register("ahead", sees_everything)
+    with pytest.raises(ConfigError, match="those after them"):
+        prove_causality(build_tiny("llama", attention="ahead"))
+
+
+def test_packed_attention_refuses_to_go_without_boundaries_it_should_have() -> None:
+    states, mark = torch.randn(1, 2, 8, 4), torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    with pytest.raises(ConfigError, match="not told where documents end"):
+        packed_attention_forward(torch.nn.Module(), states, states, states, mark)
 
 
 def test_packed_attention_supports_sinks() -> None:
@@ -198,3 +227,45 @@ def test_packed_attention_refuses_a_cache() -> None:
     boundaries = torch.tensor([0, 3, 8], dtype=torch.int32)
     with pytest.raises(ConfigError, match="use_cache=False"):
         packed_attention_forward(torch.nn.Module(), states, longer, longer, None, cu_seq_lens_q=boundaries)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[100, 28, 300, 84], [128, 128, 128, 128], [512]], ids=["ragged", "equal", "one"])
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("key_heads", [8, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_packed_attention_on_gpu_matches_fp64(
+    lengths: list[int], window: int | None, key_heads: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    tokens, heads, width = sum(lengths), 8, 64
+    shapes = [(1, n, tokens, width) for n in (heads, key_heads, key_heads)]
+    states = [torch.randn(s, device="cuda", generator=generator).to(dtype).requires_grad_() for s in shapes]
+    grad = torch.randn(1, tokens, heads, width, device="cuda", generator=generator).to(dtype)
+    boundaries = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
+    layout = DocumentLayout.from_boundaries(boundaries.tolist())
+    out, _ = packed_attention_forward(
+        torch.nn.Module(),
+        *states,
+        None,
+        cu_seq_lens_q=boundaries,
+        document_layout=layout,
+        sliding_window=window,
+    )
+    out.backward(grad)
+
+    exact = [state.detach().double().requires_grad_() for state in states]
+    parts, start = [], 0
+    for length in lengths:
+        query, key, value = (t[0, :, start : start + length] for t in exact)
+        key, value = (t.repeat_interleave(heads // key_heads, dim=0) for t in (key, value))
+        distance = torch.arange(length, device="cuda")[:, None] - torch.arange(length, device="cuda")
+        seen = (distance >= 0) & (distance < (window or length))
+        scores = (query @ key.transpose(1, 2) / width**0.5).masked_fill(~seen, -torch.inf)
+        parts.append((scores.softmax(-1) @ value).transpose(0, 1))
+        start += length
+    expected = torch.cat(parts)[None]
+    expected.backward(grad.double())
+    assert_close("out", expected, out, dtype=dtype, roundings=4, reduction_length=512)
+    for name, a, b in zip("qkv", exact, states, strict=True):
+        assert_close(name, a.grad, b.grad, dtype=dtype, roundings=8, reduction_length=512)

@@ -18,6 +18,7 @@ from halfbyte.train import HalfbyteArguments, HalfbyteTrainer, TrainerOptions
 from tests.train.tiny import VOCABULARY, build_tiny, build_tokenizer
 
 SPEC = LoraSpec(rank=4, alpha=8, dropout=0.1, seed=7)
+NO_DROPOUT = LoraSpec(rank=4, alpha=8, dropout=0.0, seed=7)
 ROW_TOKENS = 32
 
 

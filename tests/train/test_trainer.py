@@ -18,6 +18,7 @@ from halfbyte.train.batches import BatchOptions, iter_batches
 from halfbyte.train.checkpoint import list_checkpoints
 from tests.oracles import assert_close
 from tests.train.runs import (
+    NO_DROPOUT,
     ROW_TOKENS,
     SPEC,
     assert_same_values,
@@ -41,7 +42,7 @@ def gradients_of_one_step(
 
     trainer = build_trainer(
         folder,
-        model=build_model(spec=SPEC_WITHOUT_DROPOUT),
+        model=build_model(spec=NO_DROPOUT),
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
         max_steps=1,
@@ -51,9 +52,6 @@ def gradients_of_one_step(
     trainer.train()
     seen["loss"] = torch.tensor(logged(trainer)[0][1])
     return seen
-
-
-SPEC_WITHOUT_DROPOUT = type(SPEC)(rank=4, alpha=8, dropout=0.0, seed=7)
 
 
 @pytest.mark.parametrize("row_tokens", [ROW_TOKENS, None])
