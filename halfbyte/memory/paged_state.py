@@ -2,8 +2,8 @@
 
 A GPU addresses pinned host memory directly, so a kernel reads and writes the state over the link in the same launch
 that updates the parameters: no copies, no slots on the device, no second code path, and therefore the same bits as
-state on the device. Each byte crosses the link once each way; at 54 GB/s the 8-bit state of 40 M parameters takes
-about 1.5 ms a step, of 32-bit state four times that.
+state on the device. Each byte crosses the link once each way: on an H100 a step of 40 M parameters takes 2.7 ms with
+8-bit state and 8.9 ms with 32-bit state, against 0.8 ms for either on the device.
 
 Never managed ("unified") memory: its pages move by faults, and asking for more than the card has free can hang it.
 

@@ -24,8 +24,8 @@ m / (sqrt(v) + eps c2), which is the same number rounded elsewhere.
 starts at a block boundary and pads its last block. One slab is what lets one launch, or one pass over cache-sized
 chunks, update everything; a launch for each parameter costs 43 ms a step for 448 adapters.
 
-**Why the grid.** All of this is what bitsandbytes 0.50.2 does on a CPU, code for code. Its CUDA kernel differs: it
-takes the nearest value without the grid, moves an m that the map would turn from negative to zero back to the
+**Why the grid.** All of this is what bitsandbytes 0.50.2 does on a CPU, code for code. By its source its CUDA kernel
+differs: it takes the nearest value without the grid, moves an m that the map would turn from negative to zero to the
 smallest negative value, and decays the weight after the update. The grid's step, 3e-5, is coarser than the map near
 zero (5e-7), and that is a virtue: the nearest value of a v under 1.6e-7 absmax is 0, after which the next step divides
 by little more than eps. On gradients whose elements differ by four orders of magnitude, 50 steps with the grid end

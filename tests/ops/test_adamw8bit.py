@@ -250,6 +250,7 @@ def test_adamw_step_skips_on_a_device_flag() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 def test_adamw_step_updates_many_tensors_in_one_launch() -> None:
     params = [torch.randn(64, 129, device="cuda") for _ in range(448)]
     grads = [torch.randn_like(param) for param in params]
@@ -267,6 +268,7 @@ def test_adamw_step_updates_many_tensors_in_one_launch() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_adamw_step_does_not_wait_for_the_device() -> None:
     params = [torch.randn(4096, device="cuda") for _ in range(8)]
     stepper = build_stepper(AdamWState([4096] * 8, [0] * 8, state_bits=8, device=params[0].device))
