@@ -16,10 +16,11 @@ Double quantisation keeps absmax in 8 bits: minus its mean, in groups of 256, ag
     code = dynamic_codes[trunc(fma((absmax - offset) / scale * 0.5 + 0.5, 65535, 0.5))]
 
 Both levels equal bitsandbytes 0.50.2 on a CPU bit for bit, but for numbers that fall between its CPU and CUDA
-thresholds (see `quant.codebooks`). Its CUDA kernels differ from its CPU path, hence from ours, in four more ways: an
-all-zero NF4 block has codes 0 there, FP4's two zeros are swapped, the reciprocal is approximate, and the second level
-is searched in the map itself. `mean` is torch's, as in bitsandbytes; its order of summation, so the last bit of
-`offset` and what follows from it, is that of the device and its number of threads.
+thresholds (see `quant.codebooks`). Its CUDA kernels differ from its CPU path, hence from ours, in five more ways: an
+all-zero NF4 block has codes 0 there, FP4's two zeros are swapped, the reciprocal is approximate, a short last block
+uses it too, and the second level is searched in the map itself. `mean` is torch's, as in bitsandbytes; its order of
+summation, so the last bit of `offset` and what follows from it, is that of the device and its number of threads. The
+bytes of a block that holds a NaN or an infinity are unspecified.
 
 On a CPU the weight passes through in chunks that fit the cores' caches, with buffers reused from chunk to chunk:
 fresh memory costs ten times what reused memory does. Codes come from a search table (one lookup, one comparison)
