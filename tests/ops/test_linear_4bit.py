@@ -40,6 +40,13 @@ def test_linear_4bit_matches_fp64_in_fp16() -> None:
     check_against_fp64(make_case(3, 64, 16, dtype=torch.float16), with_bias=True)
 
 
+def test_linear_4bit_passes_gradcheck() -> None:
+    case = make_case(1, 7, 5, dtype=torch.float32)
+    x, bias = torch.randn(2, 3, 7, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    inputs = (x.requires_grad_(), bias.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x, bias: linear_4bit(x, case.q, bias, workspace=case.workspace), inputs)
+
+
 def test_linear_4bit_takes_any_leading_dimensions_and_strides() -> None:
     case = make_case(24, 64, 32, dtype=torch.float32)
     flat = linear_4bit(case.x, case.q, workspace=case.workspace)
