@@ -173,6 +173,7 @@ def train(model: PreTrainedModel, blocks: np.ndarray, setting: Setting) -> tuple
             logging_steps=1,
             save_strategy="no",
             report_to="none",
+            disable_tqdm=True,
             train_sampling_strategy="sequential",
             use_cpu=device.type == "cpu",
             seed=0,

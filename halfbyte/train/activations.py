@@ -7,7 +7,6 @@ which grow in proportion to tokens, and the micro-batch at hand decides.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from halfbyte.data.packing import IGNORE_INDEX
-from halfbyte.device import describe_machine
+from halfbyte.device import available_bytes
+from halfbyte.models.modes import train_mode
 from halfbyte.train.loss import LossPath
 
 PROBE_TOKENS = 64
@@ -64,14 +64,12 @@ def measure_kept_bytes(model: PreTrainedModel, loss_path: LossPath) -> int:
     labels = ids.roll(-1)
     labels[:, -1] = IGNORE_INDEX
     devices = [device] if device.type == "cuda" else []
-    was_training = model.training
-    model.train()
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept)
     # Dropout draws random numbers; the run is to begin with those of its seed.
-    with torch.random.fork_rng(devices), torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept):
+    with train_mode(model), torch.random.fork_rng(devices), hooks:
         loss: Any = loss_path({"input_ids": ids, "labels": labels})
     # The graph holds what was counted until here: an address freed early would be counted once for two tensors.
     del loss
-    model.train(was_training)
     return sum(kept.values())
 
 
@@ -80,17 +78,8 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    host = _free_by_kernel()
     limit = _free_by_control_group()
-    known = [bytes_ for bytes_ in (host, limit) if bytes_ is not None]
-    # A system that does not say what is free says at least what there is.
-    return min(known) if known else (describe_machine().host_bytes or 2**33) // 2
-
-
-def _free_by_kernel() -> int | None:
-    path = Path("/proc/meminfo")
-    found = re.search(r"^MemAvailable:\s*(\d+) kB", path.read_text(), re.MULTILINE) if path.exists() else None
-    return int(found[1]) * 1024 if found else None
+    return available_bytes() if limit is None else min(available_bytes(), limit)
 
 
 def _free_by_control_group() -> int | None:

@@ -51,6 +51,11 @@ def check_model(model: PreTrainedModel, args: HalfbyteArguments) -> None:
     if device.type != args.device.type:
         way = "pass use_cpu=True" if device.type == "cpu" else "leave use_cpu out"
         raise ConfigError(f"the model is on {device} and the arguments say {args.device}; {way}, or load it there")
+    if (device.index or 0) != (args.device.index or 0):
+        raise ConfigError(
+            f"the model is on {device} and the arguments say {args.device}; load it there, and choose the card with "
+            f"CUDA_VISIBLE_DEVICES={device.index}"
+        )
 
 
 def honour_precision_(model: PreTrainedModel, args: HalfbyteArguments) -> str | None:

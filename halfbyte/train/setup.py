@@ -42,6 +42,8 @@ def prepare_folder(config: RunConfig) -> Path:
     assert config.output_dir is not None
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(leftover)
     if config.train.overwrite:
         for path in (*list_checkpoints(folder), folder / "logs"):
             shutil.rmtree(path, ignore_errors=True)

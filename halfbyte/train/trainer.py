@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
 from halfbyte.data.examples import TokenizedExample
+from halfbyte.device import keep_freed_memory
 from halfbyte.errors import ConfigError
 from halfbyte.models.adapter_files import save_adapter
 from halfbyte.models.packed_inputs import compute_dtype_of, prove_causality, prove_isolation
@@ -45,7 +47,7 @@ from halfbyte.train.batches import (
     move_batch,
     pad_id_of,
 )
-from halfbyte.train.callbacks import FlowCallback
+from halfbyte.train.callbacks import FlowCallback, ProgressLine
 from halfbyte.train.checks import check_model, honour_precision_, infer_spec, refuse_ignored
 from halfbyte.train.evaluate import HeldOut, evaluate_loss
 from halfbyte.train.guard import DivergedError, LossScaler, StepGuard
@@ -115,7 +117,7 @@ class HalfbyteTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[FlowCallback(), *callbacks],
+            callbacks=[FlowCallback(), *_with_progress(callbacks, args)],
             **others,
         )
         self.notes = [] if note is None else [note]
@@ -234,7 +236,12 @@ class HalfbyteTrainer(Trainer):
     # The run
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
-        """Train, and leave adapter and tokenizer in the output folder."""
+        """Train, and leave adapter and tokenizer in the output folder.
+
+        On a CPU the process keeps the memory that it frees from here on: see `halfbyte.device.keep_freed_memory`.
+        """
+        if self.model_device.type == "cpu":
+            keep_freed_memory()
         try:
             result = super().train(resume_from_checkpoint, *args, **options)
             assert self.guard is not None
@@ -355,3 +362,10 @@ class HalfbyteTrainer(Trainer):
         if checkpoint is not None:
             state = files.load_tensors(Path(checkpoint) / files.RANDOM_FILE)
             files.restore_random_state(state, self.model_device)
+
+
+def _with_progress(callbacks: Sequence[TrainerCallback], args: HalfbyteArguments) -> list[TrainerCallback]:
+    """Add a progress line in place of transformers' own, unless there is one or none is wanted."""
+    if args.disable_tqdm or any(isinstance(callback, ProgressLine) for callback in callbacks):
+        return list(callbacks)
+    return [*callbacks, ProgressLine(Console(stderr=True, highlight=False))]

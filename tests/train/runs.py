@@ -69,6 +69,7 @@ def build_trainer(
         "save_strategy": "no",
         "report_to": "none",
         "use_cpu": True,
+        "disable_tqdm": True,
         "seed": 11,
     }
     return HalfbyteTrainer(

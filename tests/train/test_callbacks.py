@@ -42,3 +42,12 @@ def test_progress_line_draws_a_bar_on_a_terminal(tmp_path: Path) -> None:
     assert "2/2" in out.getvalue()
     assert "tokens/s" in out.getvalue()
     assert line._progress is None
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_trainer_has_a_progress_line_unless_told_not_to(tmp_path: Path, quiet: bool) -> None:
+    trainer = build_trainer(tmp_path, disable_tqdm=quiet)
+    lines = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ProgressLine)]
+    assert len(lines) == (0 if quiet else 1)
+    names = {type(callback).__name__ for callback in trainer.callback_handler.callbacks}
+    assert not names & {"ProgressCallback", "PrinterCallback"}
