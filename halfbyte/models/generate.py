@@ -1,7 +1,7 @@
 """Text from a model: batched, greedy or sampled, stopping at the end of the turn.
 
-The loop is ours: one forward a token over transformers' own cache, which is what model.generate() does with a third
-of its overhead, and with the adapter unmerged. Prompts of a batch are padded on the left. The model comes back as it
+The loop is ours: one forward a token over transformers' own cache, which is what model.generate() does without its
+bookkeeping, and with the adapter unmerged. Prompts of a batch are padded on the left. The model comes back as it
 was: train or eval mode of every module, no cached state, no draw from the global random numbers.
 
 On a CPU, 4-bit weights are kept expanded while generating, because one token reads each weight once and expanding it
