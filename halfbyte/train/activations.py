@@ -35,6 +35,8 @@ def choose_checkpointing(
         wanted: True or False decides; "auto" measures.
         num_tokens: Tokens of the largest micro-batch.
     """
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return True, "gradient checkpointing: on, as the model has it"
     if wanted != "auto":
         return wanted, f"gradient checkpointing: {'on' if wanted else 'off'}, as set"
     device = next(model.parameters()).device

@@ -14,6 +14,7 @@ Nothing waits for the device in a micro-batch, and a step waits only for the one
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -334,13 +335,17 @@ class HalfbyteTrainer(Trainer):
     def _run_state(self) -> dict[str, Any]:
         """Return what must be the same for a run to be continued."""
         return {
-            "data": fingerprint_examples(self.train_dataset),
+            "data": self._data_fingerprint,
             "row_tokens": self.options.row_tokens,
             "per_device_train_batch_size": self.args.per_device_train_batch_size,
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
             "seed": self.args.seed,
             "optim": str(getattr(self.args.optim, "value", self.args.optim)),
         }
+
+    @functools.cached_property
+    def _data_fingerprint(self) -> str:
+        return fingerprint_examples(self.train_dataset)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         files.check_run_state(Path(resume_from_checkpoint), self._run_state())

@@ -24,10 +24,13 @@ def test_measure_kept_bytes_grows_with_layers_and_leaves_no_trace() -> None:
 
 def test_measure_kept_bytes_is_small_with_checkpointing() -> None:
     model = build_model()
-    kept = measure_kept_bytes(model, LossPath(model))
+    path = LossPath(model)
+    kept = measure_kept_bytes(model, path)
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    assert measure_kept_bytes(model, LossPath(model)) < kept / 3
+    assert measure_kept_bytes(model, path) < kept / 3
+    for wanted in (False, "auto"):
+        assert choose_checkpointing(model, path, wanted=wanted, num_tokens=1)[0]
 
 
 @pytest.mark.parametrize("wanted", [True, False])
