@@ -11,14 +11,13 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from halfbyte.export.base_rows import iter_base_rows
 from halfbyte.export.rounding import generator_for, round_fairly
 from halfbyte.models import PreTrainedModel
 from halfbyte.models.half_storage import HalfEmbedding, HalfHead
 from halfbyte.nn import Linear4bit, LoraLinear, SavedModule
 from halfbyte.nn.convert import replace_module
 from halfbyte.ops import dequantize_4bit
-
-BLOCK_ELEMENTS = 1 << 22
 
 
 @torch.no_grad()
@@ -76,17 +75,12 @@ def _plain(path: str, module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _merged(path: str, module: LoraLinear, dtype: torch.dtype) -> torch.Tensor:
-    base = module.base
-    weight = dequantize_4bit(base.quantized, dtype=torch.float32) if isinstance(base, Linear4bit) else base.weight
-    merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    base = module.base.quantized if isinstance(module.base, Linear4bit) else module.base.weight
+    merged = torch.empty(module.out_features, module.in_features, dtype=dtype, device=module.lora_A.device)
     generator = generator_for(f"{path}.weight")
-    block_rows = max(1, BLOCK_ELEMENTS // module.in_features)
-    lora_A, lora_B = module.lora_A.float(), module.lora_B.float()
-    for start in range(0, module.out_features, block_rows):
-        stop = start + block_rows
-        update = (lora_B[start:stop] @ lora_A).mul_(module.scaling)
-        rows = weight[start:stop].float() + update
-        merged[start:stop] = round_fairly(rows.cpu(), dtype, generator=generator)
+    for rows, values in iter_base_rows(base):
+        update = (module.lora_B[rows].float() @ module.lora_A.float()).mul_(module.scaling)
+        merged[rows] = round_fairly((values + update).cpu(), dtype, generator=generator)
     return merged
 
 

@@ -2,13 +2,15 @@
 
     W' = W + scaling * B A        in fp32, a block of rows at a time, rounded once
 
-**Which W** is for the person to choose, because they differ. `original` is the base's own weights in 16 or 32 bits;
-`dequantized` is what the adapter saw in training, the 4-bit form written out. The second gives the tuned model's own
-logits; the first usually answers a little better than it, as if the adapter had been applied to the better base.
+**Which W** is for the person to choose, because they differ. `dequantized` is what the adapter saw in training, the
+4-bit form written out: the merged model is the tuned model. `original` is the base's own weights in 16 or 32 bits: a
+better base, but not the one whose errors the adapter learnt to make up for. On SmolLM2-135M, held-out loss 1.447 with
+the adapter on NF4 became 1.447 and 1.494.
 
 **Rounding** decides whether the update survives. W lies on the grid of its 16-bit dtype, and most of an adapter's
 updates are smaller than half a step of it: rounded to nearest they vanish. 16-bit results are therefore rounded fairly
 (see `rounding`), and the report says how much of the update the file holds. float32 keeps all of it at twice the size.
+Onto the original weights in bfloat16, the same adapter gave 1.4940 in float32, 1.4945 so, and 1.5012 to nearest.
 
 Tensors that no adapter touches are copied byte for byte, unless a dtype is asked for. Peak memory is one tensor: the
 base is mapped, results go to the file as they are made.
@@ -17,13 +19,14 @@ base is mapped, results go to the file as they are made.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from halfbyte.errors import ConfigError, FormatError
+from halfbyte.export.base_rows import iter_base_rows
 from halfbyte.export.description import write_description
 from halfbyte.export.folder import new_folder
 from halfbyte.export.rounding import generator_for, round_fairly
@@ -34,15 +37,14 @@ from halfbyte.models.build import build_meta_model
 from halfbyte.models.describe import load_config
 from halfbyte.models.load import quantizable_layers
 from halfbyte.models.placement import Placement, make_placements
+from halfbyte.models.run_folder import load_run_quant
 from halfbyte.models.source import ModelSource, resolve_source
 from halfbyte.models.weights import LazyTensor, iter_weights
-from halfbyte.ops import dequantize_4bit, quantize_4bit
+from halfbyte.ops import quantize_4bit
 from halfbyte.quant import QuantizedTensor, QuantSpec
 from halfbyte.quant.bnb_format import load_quantized
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# Rows worked on at once: 16 MB in fp32.
-BLOCK_ELEMENTS = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,9 +78,9 @@ def merge_adapter(
     adapter: str | Path,
     out_folder: str | Path,
     *,
-    onto: Literal["original", "dequantized"] = "original",
+    onto: Literal["original", "dequantized"] = "dequantized",
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
-    spec: QuantSpec | None = None,
+    spec: QuantSpec | Literal["run"] | None = "run",
     overwrite: bool = False,
 ) -> MergeReport:
     """Write base and adapter as one plain transformers model.
@@ -87,9 +89,10 @@ def merge_adapter(
         base_source: Hub id, folder or weight file of the base.
         adapter: Folder or file of the adapter. A tokenizer beside it is written in place of the base's.
         out_folder: May exist if it is empty.
-        onto: The base's own weights, or their 4-bit form. Weights that are stored in 4 bits are their own base.
+        onto: The 4-bit form of the base, or its own weights. Weights that are stored in 4 bits are their own base.
         dtype: Of the result; "auto" keeps what each tensor has, and merges into the model's own dtype.
-        spec: How the base was quantised in training, for `onto="dequantized"`; None where it was not.
+        spec: How the base was quantised in training, None where it was not; "run" reads it from the run.yaml beside
+            the adapter, and takes NF4 with double quantisation where there is none.
         overwrite: Replace what is at `out_folder`.
 
     Raises:
@@ -105,6 +108,8 @@ def merge_adapter(
     model = build_meta_model(config, dtype=torch.float32)
     placements = make_placements(model, [tensor for _, tensor in iter_weights(source)])
     opened = open_adapter(model, adapter)
+    if spec == "run":
+        spec = load_run_quant(Path(adapter))
     is_stored_in_4bit = any(placement.is_quantized for placement in placements)
     layers = set()
     if onto == "dequantized" and spec is not None and not is_stored_in_4bit:
@@ -235,39 +240,36 @@ class _Merger:
         changed = self._saved.keys() | {f"{path}.weight" for path in self._adapter.tensors.lora_A}
         return any(name in changed for pair in self._model.all_tied_weights_keys.items() for name in pair)
 
-    def _base_of(self, placement: Placement, path: str) -> Callable[[int, int], torch.Tensor]:
-        """Return what gives rows of the base weight in fp32."""
+    def _base_of(self, placement: Placement, path: str) -> torch.Tensor | QuantizedTensor:
+        """Return the base weight, in the form whose values it has."""
         if placement.is_quantized:
             parts = {tensor.name: tensor.read().clone() for tensor in placement.tensors}
-            return _rows_of_quantized(load_quantized(_stored_name(placement).removesuffix("weight"), parts))
-        weight = placement.tensors[0].read()
-        if path in self._layers:
-            assert self._spec is not None
-            return _rows_of_quantized(quantize_4bit(weight, self._spec))
-        return lambda start, stop: weight[start:stop].float()
+            return load_quantized(_stored_name(placement).removesuffix("weight"), parts)
+        return self._quantized_if_meant(placement.tensors[0].read(), path)
 
-    def _write_layer(self, name: str, path: str, base: Callable[[int, int], torch.Tensor], writer: ShardWriter) -> None:
-        num_rows, width = self._model.get_parameter(f"{path}.weight").shape
-        parts = self._merged_rows(name, path, base, num_rows=num_rows, width=width)
-        writer.add_parts(name, parts, dtype=self.dtype, shape=(num_rows, width))
+    def _quantized_if_meant(self, weight: torch.Tensor, path: str) -> torch.Tensor | QuantizedTensor:
+        if path not in self._layers:
+            return weight
+        assert self._spec is not None
+        return quantize_4bit(weight, self._spec)
 
-    def _merged_rows(
-        self, name: str, path: str, base: Callable[[int, int], torch.Tensor], *, num_rows: int, width: int
-    ) -> Iterator[torch.Tensor]:
+    def _write_layer(self, name: str, path: str, base: torch.Tensor | QuantizedTensor, writer: ShardWriter) -> None:
+        num_rows, width = base.shape
+        writer.add_parts(name, self._merged_rows(name, path, base), dtype=self.dtype, shape=(num_rows, width))
+
+    def _merged_rows(self, name: str, path: str, base: torch.Tensor | QuantizedTensor) -> Iterator[torch.Tensor]:
         tensors, generator = self._adapter.tensors, generator_for(name)
-        block_rows = max(1, BLOCK_ELEMENTS // width)
-        for start in range(0, num_rows, block_rows):
-            rows = base(start, start + block_rows)
+        for rows, values in iter_base_rows(base):
             if path not in tensors.lora_A:
-                yield self._cast(rows, name)
+                yield self._cast(values, name)
                 continue
-            lora_B = tensors.lora_B[path][start : start + block_rows].float()
-            update = (lora_B @ tensors.lora_A[path].float()).mul_(self._adapter.scaling(path))
-            merged = rows + update
+            update = tensors.lora_B[path][rows].float() @ tensors.lora_A[path].float()
+            update.mul_(self._adapter.scaling(path))
+            merged = values + update
             self._check_range(merged, name)
             written = round_fairly(merged, self.dtype, generator=generator)
             self._update_square += float(update.square().sum(dtype=torch.float64))
-            self._update_kept += float((written.float() - rows).mul_(update).sum(dtype=torch.float64))
+            self._update_kept += float((written.float() - values).mul_(update).sum(dtype=torch.float64))
             yield written
 
     def _write_converted(self, placement: Placement, writer: ShardWriter) -> None:
@@ -283,15 +285,9 @@ class _Merger:
             if name in self._saved:
                 writer.add(name, self._cast(self._saved[name], name))
             elif name in touched:
-                self._write_layer(name, path, self._base_of_made(made, path), writer)
+                self._write_layer(name, path, self._quantized_if_meant(made, path), writer)
             else:
                 writer.add(name, self._cast(made, name))
-
-    def _base_of_made(self, weight: torch.Tensor, path: str) -> Callable[[int, int], torch.Tensor]:
-        if path in self._layers:
-            assert self._spec is not None
-            return _rows_of_quantized(quantize_4bit(weight, self._spec))
-        return lambda start, stop: weight[start:stop].float()
 
     def _copy(self, tensor: LazyTensor, writer: ShardWriter) -> None:
         self._written.add(tensor.name)
@@ -311,17 +307,6 @@ class _Merger:
             largest = float(value.abs().max())
             if largest > torch.finfo(torch.float16).max:
                 raise FormatError(f"{name} reaches {largest:.3g}, beyond float16; merge to bfloat16 or float32")
-
-
-def _rows_of_quantized(q: QuantizedTensor) -> Callable[[int, int], torch.Tensor]:
-    weight: list[torch.Tensor] = []
-
-    def rows(start: int, stop: int) -> torch.Tensor:
-        if not weight:
-            weight.append(dequantize_4bit(q, dtype=torch.float32))
-        return weight[0][start:stop]
-
-    return rows
 
 
 def _stored_name(placement: Placement) -> str:

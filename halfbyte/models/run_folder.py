@@ -49,11 +49,9 @@ def load_run(
     if not base:
         raise ConfigError(f"{path}: adapter_config.json names no base model; name it with base_model")
     options = make_section("model", values | {"model.path": str(base)})
-    quant = make_section("quant", values)
-    spec = QuantSpec(codebook=quant.codebook, block_size=quant.block_size, double_quant=quant.double_quant)
     loaded = load_model(
         base,
-        quant=spec if quant.enabled else None,
+        quant=load_run_quant(path),
         compute_dtype=compute_dtype or options.dtype,
         device=device or options.device,
         allow_16bit_experts=options.allow_16bit_experts,
@@ -64,6 +62,18 @@ def load_run(
     folder = path if path.is_dir() else path.parent
     has_tokenizer = (folder / "tokenizer_config.json").exists()
     return dataclasses.replace(loaded, tokenizer_folder=folder if has_tokenizer else None)
+
+
+def load_run_quant(path: Path) -> QuantSpec | None:
+    """Return how the base of a run was quantised, None where it was not; NF4 where the folder does not say.
+
+    Args:
+        path: Folder of a run or an adapter, or a file in it.
+    """
+    quant = make_section("quant", _run_values(path))
+    if not quant.enabled:
+        return None
+    return QuantSpec(codebook=quant.codebook, block_size=quant.block_size, double_quant=quant.double_quant)
 
 
 def _run_values(path: Path) -> dict[str, Any]:

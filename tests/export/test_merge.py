@@ -57,7 +57,7 @@ def test_merge_adapter_works_for_every_family(family: str, tmp_path: Path) -> No
 
 def test_merge_adapter_keeps_updates_smaller_than_half_a_step(llama: Path, tmp_path: Path) -> None:
     save_tuned(llama, tmp_path / "adapter", ALL_LINEAR, scale=3e-3)
-    report = merge_adapter(llama, tmp_path / "adapter", tmp_path / "merged", dtype="bfloat16")
+    report = merge_adapter(llama, tmp_path / "adapter", tmp_path / "merged", onto="original", dtype="bfloat16")
     base, merged = tensors_of(llama), tensors_of(tmp_path / "merged")
     update = {name: merged[name].float() - base[name].float() for name in base}
     moved = torch.cat([(u != 0).float().view(-1) for name, u in update.items() if "proj" in name])
@@ -76,7 +76,7 @@ def test_merge_adapter_is_reproducible(llama: Path, tmp_path: Path) -> None:
 
 def test_merge_adapter_copies_what_no_adapter_touches(llama: Path, tmp_path: Path) -> None:
     save_tuned(llama, tmp_path / "adapter", LoraSpec(rank=4, alpha=8, targets=("q_proj",)))
-    merge_adapter(llama, tmp_path / "adapter", tmp_path / "merged")
+    merge_adapter(llama, tmp_path / "adapter", tmp_path / "merged", onto="original")
     base, merged = tensors_of(llama), tensors_of(tmp_path / "merged")
     assert base.keys() == merged.keys()
     for name, tensor in base.items():
@@ -105,13 +105,13 @@ def test_merge_adapter_takes_modules_trained_whole(
     base = tied if is_tied else llama
     spec = LoraSpec(rank=4, alpha=8, targets=("q_proj",), modules_to_save=modules_to_save)
     tuned = save_tuned(base, tmp_path / "adapter", spec, quant=None)
-    merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", dtype="float32")
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", onto="original", dtype="float32")
     assert_merged(tuned, tmp_path / "merged", torch.float32)
 
 
 def test_merge_adapter_unties_a_head_with_an_adapter(tied: Path, tmp_path: Path) -> None:
     tuned = save_tuned(tied, tmp_path / "adapter", LoraSpec(rank=4, alpha=8, targets=("lm_head", "q_proj")), quant=None)
-    report = merge_adapter(tied, tmp_path / "adapter", tmp_path / "merged", dtype="float32")
+    report = merge_adapter(tied, tmp_path / "adapter", tmp_path / "merged", onto="original", dtype="float32")
     assert_merged(tuned, tmp_path / "merged", torch.float32)
     assert "they are two now" in str(report)
 
@@ -119,7 +119,7 @@ def test_merge_adapter_unties_a_head_with_an_adapter(tied: Path, tmp_path: Path)
 def test_merge_adapter_takes_rank_and_alpha_patterns(llama: Path, tmp_path: Path) -> None:
     spec = LoraSpec(rank=4, alpha=8, rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 3}, rslora=True)
     tuned = save_tuned(llama, tmp_path / "adapter", spec, quant=None)
-    merge_adapter(llama, tmp_path / "adapter", tmp_path / "merged", dtype="float32")
+    merge_adapter(llama, tmp_path / "adapter", tmp_path / "merged", onto="original", dtype="float32")
     assert_merged(tuned, tmp_path / "merged", torch.float32)
 
 
@@ -138,7 +138,9 @@ def test_merge_adapter_takes_a_gguf_base(tmp_path: Path) -> None:
 def test_merge_adapter_takes_a_4bit_base(llama: Path, tmp_path: Path) -> None:
     export_bnb4bit(llama, tmp_path / "nf4", NF4)
     tuned = save_tuned(tmp_path / "nf4", tmp_path / "adapter", ALL_LINEAR)
-    report = merge_adapter(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "merged", dtype="float32")
+    report = merge_adapter(
+        tmp_path / "nf4", tmp_path / "adapter", tmp_path / "merged", onto="original", dtype="float32"
+    )
     assert_merged(tuned, tmp_path / "merged", torch.float32)
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     assert "stored in 4 bits" in str(report)
@@ -147,8 +149,26 @@ def test_merge_adapter_takes_a_4bit_base(llama: Path, tmp_path: Path) -> None:
 def test_merge_adapter_takes_a_mixture_of_experts(tmp_path: Path) -> None:
     base = save_tiny(tmp_path / "base", "mixtral")
     tuned = save_tuned(base, tmp_path / "adapter", LoraSpec(rank=4, alpha=8, targets=("q_proj", "o_proj")), quant=None)
-    merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", dtype="float32")
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", onto="original", dtype="float32")
     assert_merged(tuned, tmp_path / "merged", torch.float32)
+
+
+def test_merge_adapter_finds_out_how_the_run_was_quantised(llama: Path, tmp_path: Path) -> None:
+    spec = QuantSpec(codebook="fp4", block_size=128, double_quant=False)
+    tuned = save_tuned(llama, tmp_path / "adapter", ALL_LINEAR, quant=spec)
+    (tmp_path / "adapter" / "run.yaml").write_text(
+        "quant:\n  codebook: fp4\n  block_size: 128\n  double_quant: false\n"
+    )
+    merge_adapter(llama, tmp_path / "adapter", tmp_path / "merged", dtype="float32")
+    assert_merged(tuned, tmp_path / "merged", torch.float32)
+
+
+def test_merge_adapter_takes_a_run_that_was_not_quantised(llama: Path, tmp_path: Path) -> None:
+    tuned = save_tuned(llama, tmp_path / "adapter", ALL_LINEAR, quant=None)
+    (tmp_path / "adapter" / "run.yaml").write_text("quant:\n  enabled: false\n")
+    report = merge_adapter(llama, tmp_path / "adapter", tmp_path / "merged", dtype="float32")
+    assert_merged(tuned, tmp_path / "merged", torch.float32)
+    assert "was not quantised" in str(report)
 
 
 def test_merge_adapter_refuses_a_folder_in_use(llama: Path, tmp_path: Path) -> None:
@@ -173,7 +193,7 @@ def test_merge_adapter_leaves_nothing_behind_when_it_fails(llama: Path, tmp_path
     tensors = {name: tensor * float("1e6") for name, tensor in load_file(shard).items()}
     save_file(tensors, shard)
     with pytest.raises(FormatError, match="beyond float16"):
-        merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", dtype="float16")
+        merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", onto="original", dtype="float16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
