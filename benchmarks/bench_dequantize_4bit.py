@@ -97,7 +97,7 @@ def copy_fields(q: QuantizedTensor) -> dict[str, object]:
 
 def gpu_row(name: str, sets: list[tuple[QuantizedTensor, torch.Tensor]], calls: list[Callable[[], object]]) -> Row:
     q, out = sets[0]
-    ms, launched = time_on_gpu(calls)
+    ms, launched = time_on_gpu(calls, is_capturable=name != "bitsandbytes")
     moved = q.nbytes + q.numel * out.itemsize
     return describe(name, q, out.dtype) | {
         "ms": round(ms, 5),

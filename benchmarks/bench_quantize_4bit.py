@@ -80,7 +80,7 @@ def make_weights(shape: tuple[int, int], dtype: torch.dtype, device: torch.devic
 
 
 def gpu_row(name: str, weight: torch.Tensor, spec: QuantSpec, calls: list[Callable[[], object]]) -> Row:
-    ms, launched = time_on_gpu(calls)
+    ms, launched = time_on_gpu(calls, is_capturable=name != "bitsandbytes")
     return describe(name, weight, spec) | {
         "ms": round(ms, 5),
         "ms_launched": round(launched, 5),

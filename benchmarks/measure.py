@@ -32,9 +32,14 @@ def time_on_cpu(call: Call, *, seconds: float = 1.0, warm_up: int = 2) -> tuple[
     return statistics.median(taken) * 1e3, min(taken) * 1e3
 
 
-def time_on_gpu(calls: Sequence[Call]) -> tuple[float, float]:
-    """Return the milliseconds of one call, replayed from a graph and launched from Python; medians over rounds."""
+def time_on_gpu(calls: Sequence[Call], *, is_capturable: bool = True) -> tuple[float, float]:
+    """Return the milliseconds of one call, replayed from a graph and launched from Python; medians over rounds.
+
+    What a graph cannot capture (bitsandbytes copies tables from pageable memory) has only the second, twice.
+    """
     launched = _time_rounds(lambda: _run(calls)) / len(calls)
+    if not is_capturable:
+        return launched, launched
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         _run(calls)
