@@ -56,6 +56,7 @@ _UNUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "fp16_full_eval": (lambda value: not value, "evaluation computes in what training computes in"),
     "enable_jit_checkpoint": (lambda value: not value, "use save_steps"),
     "save_only_model": (lambda value: not value, "checkpoints always hold what resuming needs"),
+    "dataloader_persistent_workers": (lambda value: not value, "each epoch packs anew, which they would not notice"),
     "ignore_data_skip": (lambda value: not value, "a resumed run goes on at the batch where it stopped"),
 }
 

@@ -73,7 +73,7 @@ class HalfbyteTrainer(Trainer):
 
     Args:
         model: A causal language model with something to train.
-        args: HalfbyteArguments, or transformers' own.
+        args: As transformers' TrainingArguments, with their old names.
         train_dataset: Tokenised examples.
         eval_dataset: Held-out ones.
         processing_class: The tokenizer, saved beside the adapter.
@@ -146,8 +146,6 @@ class HalfbyteTrainer(Trainer):
         args.set_checkpointing(on)
         self.notes.append(note)
 
-    # Data
-
     def batch_options(self) -> BatchOptions:
         """Return how examples become batches in this run."""
         strategy = self.args.train_sampling_strategy
@@ -168,6 +166,8 @@ class HalfbyteTrainer(Trainer):
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             drop_last=self.args.dataloader_drop_last,
             num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
             pin_memory=self.args.dataloader_pin_memory and self.model_device.type == "cuda",
         )
 
@@ -180,8 +180,6 @@ class HalfbyteTrainer(Trainer):
     def _largest_batch_tokens(self) -> int:
         longest = self.options.row_tokens or max((len(example) for example in self.train_dataset or ()), default=1)
         return longest * self.args.per_device_train_batch_size
-
-    # One step
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -197,7 +195,9 @@ class HalfbyteTrainer(Trainer):
                 eps=self.args.adam_epsilon,
                 weight_decay=self.args.weight_decay,
             )
-        self.guard = StepGuard(self.optimizer, max_norm=self.args.max_grad_norm, scaler=self.scaler)
+        # A second train() finds the optimizer in accelerate's wrapper, which hands no flags on.
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        self.guard = StepGuard(inner, max_norm=self.args.max_grad_norm, scaler=self.scaler)
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -233,8 +233,6 @@ class HalfbyteTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Count two operations a weight and token forward, two for the input's gradient, two for adapters' own."""
         return inputs["input_ids"].numel() * (4 * self._total_count + 2 * self._trainable_count)
-
-    # The run
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
         """Train, and leave adapter and tokenizer in the output folder.
@@ -303,8 +301,6 @@ class HalfbyteTrainer(Trainer):
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         raise ConfigError("predict() would hold all logits; use evaluate(), or halfbyte.models.generate")
-
-    # Files
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write adapter and tokenizer."""

@@ -179,6 +179,26 @@ def test_save_total_limit_keeps_the_newest(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+def test_training_twice_goes_on_and_clips(tmp_path: Path) -> None:
+    trainer = build_trainer(tmp_path, max_steps=2, max_grad_norm=1e-4, optim="adamw_torch_fused", adam_epsilon=1.0)
+    trainer.train()
+    before = trained_values(trainer.model)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    # An epsilon of 1 makes a step at most the learning rate times the clipped gradient.
+    moved = max((value - before[name]).abs().max().item() for name, value in trained_values(trainer.model).items())
+    assert 0 < moved < 2 * 1e-2 * 1e-4 * 1.01
+
+
+def test_batches_may_come_from_other_processes(tmp_path: Path) -> None:
+    runs = []
+    for workers in (0, 2):
+        trainer = build_trainer(tmp_path / str(workers), num_train_epochs=2, dataloader_num_workers=workers)
+        trainer.train()
+        runs.append(logged(trainer))
+    assert runs[0] == runs[1]
+
+
 def test_load_best_model_at_end_brings_back_the_best(tmp_path: Path) -> None:
     trainer = build_trainer(
         tmp_path,
