@@ -12,6 +12,7 @@ from halfbyte.errors import ConfigError, FormatError
 from halfbyte.models.load import load_model
 from halfbyte.nn import Linear4bit
 from halfbyte.quant import QuantSpec
+from tests.models.measure_peak import LARGEST_TENSOR_BYTES, peak_bytes, save_wide
 from tests.models.tiny import DENSE, MIXTURES, edit_config, logits_of, save_tiny
 from tests.oracles import assert_close
 
@@ -142,6 +143,12 @@ def test_load_model_reports_what_stays_in_16_bits(llama: Path) -> None:
     text = str(report)
     assert "left in 16 bits" in text
     assert "output head" in text
+
+
+def test_load_model_needs_one_tensor_of_memory_above_what_it_keeps(tmp_path: Path) -> None:
+    measured = peak_bytes("load", save_wide(tmp_path))
+    # One tensor in fp32, and what freed memory the allocator keeps.
+    assert measured["peak"] <= measured["held"] + 2 * LARGEST_TENSOR_BYTES + (8 << 20)
 
 
 def test_load_model_tells_progress(llama: Path) -> None:
