@@ -75,6 +75,11 @@ def answer_questions(
     return generate_text(model, tokenizer, prompts, options=options)
 
 
+def printable(text: str) -> str:
+    """Return text with control characters written out: what a file or a model says shall not command the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def _words(example: Example) -> tuple[str, str]:
     if example.completion is not None:
         return example.prompt.strip(), example.completion.strip()

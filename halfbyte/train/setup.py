@@ -8,11 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.config import DataSection, LoraSection, RunConfig
 from halfbyte.config.output import RUN_FILES
-from halfbyte.data import Example, PreparedData, Renderer, build_renderer, load_examples, prepare, split_held_out
+from halfbyte.data import (
+    Example,
+    PreparedData,
+    Renderer,
+    TokenizedExample,
+    build_renderer,
+    load_examples,
+    prepare,
+    split_held_out,
+    token_spans,
+)
 from halfbyte.errors import ConfigError
 from halfbyte.models import LoadedModel, load_model
 from halfbyte.models.adapter_config import read_adapter_config, spec_from_adapter_config
@@ -22,7 +33,9 @@ from halfbyte.nn import AdapterReport, LoraSpec, attach_adapters
 from halfbyte.quant import QuantSpec
 from halfbyte.train.arguments import HalfbyteArguments
 from halfbyte.train.checkpoint import list_checkpoints
+from halfbyte.train.samples import printable
 
+SHOWN_TOKENS = 160
 # Fields of the train section that are no training arguments of transformers, or go there in another form.
 NOT_ARGUMENTS = {"num_samples", "max_sample_tokens", "resume", "overwrite", "bf16", "fp16", "eval_steps", "save_steps"}
 
@@ -87,6 +100,7 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, console: Co
         training, held_out = split_held_out(loaded.examples, options.held_out_fraction, config.train.seed)
     train = _prepare(training, renderer, options)
     _say(console, train.report)
+    console.print(mark_trained(tokenizer, train.examples[0], in_colour=console.color_system is not None))
     prepared = _prepare(held_out, renderer, options) if held_out else None
     if prepared is not None:
         _say(
@@ -97,6 +111,22 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, console: Co
     if any(example.messages for example in training):
         tokenizer.chat_template = renderer.chat_template
     return RunData(train=train, held_out=prepared, held_out_examples=held_out, renderer=renderer)
+
+
+def mark_trained(tokenizer: PreTrainedTokenizerBase, example: TokenizedExample, *, in_colour: bool) -> Text:
+    """Return an example as the model sees it, what is learned in green, or between [[ and ]] where there is no colour.
+
+    A wrong mask or template is plain to see here, before the first step, and nowhere afterwards.
+    """
+    opening, closing = ("", "") if in_colour else ("[[", "]]")
+    text = Text(f"the model sees, and learns {'what is green' if in_colour else 'what is in [[ ]]'}:\n")
+    for span in token_spans(tokenizer, example.window(0, SHOWN_TOKENS)):
+        words = printable(span.text)
+        if span.is_trained:
+            text.append(f"{opening}{words}{closing}", style="bold green")
+        else:
+            text.append(words, style="dim")
+    return text.append(" ..." if len(example) > SHOWN_TOKENS else "")
 
 
 def attach(model: PreTrainedModel, config: RunConfig) -> tuple[LoraSpec, AdapterReport]:

@@ -14,7 +14,7 @@ from halfbyte.nn import AdapterReport
 from halfbyte.train.callbacks import format_seconds
 from halfbyte.train.evaluate import HeldOut
 from halfbyte.train.meter import peak_memory_bytes
-from halfbyte.train.samples import Sample
+from halfbyte.train.samples import Sample, printable
 from halfbyte.train.trainer import HalfbyteTrainer
 
 SUMMARY_FILE = "summary.json"
@@ -129,5 +129,5 @@ def print_summary(console: Console, summary: Summary, folder: Path) -> None:
 
 
 def _short(text: str) -> str:
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     return line if len(line) <= SHOWN_CHARACTERS else line[: SHOWN_CHARACTERS - 3] + "..."

@@ -85,6 +85,7 @@ def test_run_training_leaves_everything_in_its_folder(model_folder: Path, data_f
     for words in ("20 rows", "in 4 bits", "adapters of rank 16", "plan: 4 steps", f"writing to {out}", "tokens/s"):
         assert words in shown
     assert f"halfbyte merge {out}" in shown
+    assert "<|im_start|>assistant\n[[It is 0.<|im_end|>" in shown
 
 
 def test_run_training_resumes_what_was_cut(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
