@@ -117,16 +117,9 @@ def merge_adapter(
     merger = _Merger(model, opened, spec=spec, layers=layers, dtype=DTYPES.get(dtype))
     merger.choose_dtype(source, placements)
     adapter_folder = find_adapter_weights(Path(adapter)).parent
+    has_tokenizer = (adapter_folder / "tokenizer_config.json").exists()
     with new_folder(Path(out_folder), overwrite=overwrite) as folder:
-        writer = ShardWriter(folder, merger.names(placements))
-        try:
-            for placement in placements:
-                merger.write(placement, writer)
-            merger.write_untied(placements, writer)
-            writer.close()
-        finally:
-            writer.abandon()
-        has_tokenizer = (adapter_folder / "tokenizer_config.json").exists()
+        num_bytes = merger.write_weights(placements, folder)
         write_description(
             folder,
             source,
@@ -135,7 +128,7 @@ def merge_adapter(
             changes={"tie_word_embeddings": False} if merger.untied else {},
             tokenizer_folder=adapter_folder if has_tokenizer else None,
         )
-    return merger.report(onto, writer.total_bytes, is_stored_in_4bit=is_stored_in_4bit)
+    return merger.report(onto, num_bytes, is_stored_in_4bit=is_stored_in_4bit)
 
 
 class _Merger:
@@ -177,14 +170,26 @@ class _Merger:
         rounded = "" if self.dtype == torch.float32 else ", rounded so that small updates survive"
         self._reason = ("the model's own" if counts else "what a 4-bit base is usually computed in") + rounded
 
-    def names(self, placements: list[Placement]) -> list[str]:
+    def write_weights(self, placements: list[Placement], folder: Path) -> int:
+        """Write all weights of the merged model, and return their bytes."""
+        writer = ShardWriter(folder, self._names(placements))
+        try:
+            for placement in placements:
+                self._write(placement, writer)
+            self._write_untied(placements, writer)
+            writer.close()
+        finally:
+            writer.abandon()
+        return writer.total_bytes
+
+    def _names(self, placements: list[Placement]) -> list[str]:
         """Return the name of every tensor that may be written."""
         names = [name for p in placements for name in (p.target, *(tensor.name for tensor in p.tensors))]
         products = [name for p in placements if p.rule is not None for name in self._model.state_dict()]
         tied = [name for pair in self._model.all_tied_weights_keys.items() for name in pair]
         return [*names, *products, *self._saved, *tied]
 
-    def write(self, placement: Placement, writer: ShardWriter) -> None:
+    def _write(self, placement: Placement, writer: ShardWriter) -> None:
         """Write what one placement becomes."""
         if placement.rule is not None:
             self._write_converted(placement, writer)
@@ -198,7 +203,7 @@ class _Merger:
         else:
             self._copy(placement.tensors[0], writer)
 
-    def write_untied(self, placements: list[Placement], writer: ShardWriter) -> None:
+    def _write_untied(self, placements: list[Placement], writer: ShardWriter) -> None:
         """Write parameters that shared a tensor with another and no longer equal it, such as a tied head."""
         if not self.untied:
             return

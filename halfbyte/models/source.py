@@ -117,6 +117,9 @@ def _from_folder(folder: Path, name: str, revision: str | None) -> ModelSource:
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
+    # The order of transformers, where a folder holds both.
+    if (folder / SINGLE_FILE).exists():
+        return (folder / SINGLE_FILE,)
     if (folder / INDEX_FILE).exists():
         index = load_json(folder / INDEX_FILE)
         if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
@@ -126,7 +129,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
         if missing:
             raise FormatError(f"{folder} lacks {', '.join(missing[:3])}, which its {INDEX_FILE} names: copy them there")
         return files
-    return (folder / SINGLE_FILE,) if (folder / SINGLE_FILE).exists() else ()
+    return ()
 
 
 def _nothing_to_load(folder: Path) -> str:
