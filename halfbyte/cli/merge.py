@@ -13,9 +13,9 @@ from halfbyte.errors import ConfigError
 
 SECTIONS = ("model.path", "model.revision", "quant")
 EXPLANATION = f"""
-onto original     the base's own 16-bit weights. The adapter was trained on their 4-bit form, so the result differs a
-                  little from what was trained.
-onto dequantized  the 4-bit form written out in 16 bits, which is what the adapter was trained on.
+onto dequantized  the base's 4-bit form written out in 16 bits: what the adapter was trained on, so the result answers
+                  as the run did.
+onto original     the base's own 16-bit weights, which the adapter has never seen: better or worse, by the task.
 
 halfbyte eval MERGED HELD_OUT measures which is better for yours.
 
@@ -26,7 +26,9 @@ halfbyte eval MERGED HELD_OUT measures which is better for yours.
 def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("tuned", metavar="OUT", help="folder of a run or of a PEFT adapter")
     parser.add_argument("output", metavar="MERGED", help="folder to write; it may not hold a model already")
-    parser.add_argument("--onto", choices=("original", "dequantized"), default="original", help="default: original")
+    parser.add_argument(
+        "--onto", choices=("dequantized", "original"), default="dequantized", help="default: dequantized"
+    )
     parser.add_argument(
         "--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="of the weights written"
     )
