@@ -42,12 +42,14 @@ class AdapterReport:
             f"{name} x {count}" + (f" (rank {rank})" if len(ranks) > 1 else "") for (name, rank), count in names.items()
         ]
         rank_text = f" of rank {ranks.pop()}" if len(ranks) == 1 else ""
-        share = 100 * self.trainable_parameters / self.total_parameters
         saved = f"; trained whole: {', '.join(self.saved_modules)}" if self.saved_modules else ""
-        return (
-            f"{self.num_modules} adapters{rank_text}: {', '.join(parts)}{saved}\n"
-            f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters are trained ({share:.2f}%)"
-        )
+        text = f"{self.num_modules} adapters{rank_text}: {', '.join(parts)}{saved}"
+        if self.trainable_parameters:
+            share = 100 * self.trainable_parameters / self.total_parameters
+            text += (
+                f"\n{self.trainable_parameters:,} of {self.total_parameters:,} parameters are trained ({share:.2f}%)"
+            )
+        return text
 
 
 def attach_adapters(model: nn.Module, spec: LoraSpec) -> AdapterReport:
