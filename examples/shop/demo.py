@@ -39,7 +39,7 @@ from halfbyte import (
 from halfbyte.train import RunResult
 
 WANTED_AFTER, ALLOWED_BEFORE = 0.6, 0.1
-NUM_EPOCHS = 2.5
+NUM_EPOCHS = 2.0
 MAX_ANSWER_TOKENS = 32
 NUM_SHOWN = 8
 SHOWN_CHARACTERS = 90
