@@ -1,5 +1,8 @@
 """Quantise a weight to 4 bits on a GPU: one launch for codes and absmax, one more for the 8-bit form of absmax.
 
+The second needs the mean of all absmax. The first leaves the sum of each program's, and every program of the second
+adds these up again, in fp64: a few kilobytes from the cache, where a separate reduction would read absmax once more.
+
 One program quantises a tile of whole blocks, [BLOCKS, BLOCK_SIZE], a thread reading 16 bytes at a time; a block's
 maximum is taken over the few threads that share it. The bit pattern of |x| orders like |x|, NaN on top, so absmax is
 an integer maximum that does not lose a NaN.
@@ -54,6 +57,7 @@ def quantize_4bit(
     search: Search,
     packed: torch.Tensor,
     absmax: torch.Tensor,
+    sums: torch.Tensor | None = None,
     *,
     block_size: int,
     launch: QuantizeLaunch,
@@ -65,17 +69,18 @@ def quantize_4bit(
         search: The codebook's tables.
         packed: uint8 [(numel + 1) // 2], written.
         absmax: fp32 [blocks], written.
+        sums: fp32 [num_programs(blocks)], written: absmax summed over each program.
         block_size: Elements that share one absmax.
         launch: How to launch.
     """
     num_blocks = absmax.numel()
-    blocks_per_program = max(1, launch.elements_per_program // block_size)
     use_bins = launch.search == "bins"
     with torch.cuda.device_of(flat):
-        _quantize_kernel()[(-(-num_blocks // blocks_per_program),)](
+        _quantize_kernel()[(num_programs(num_blocks, block_size=block_size, launch=launch),)](
             flat,
             packed,
             absmax,
+            absmax if sums is None else sums,
             search.bin_threshold if use_bins else search.thresholds,
             search.bin_base if use_bins else search.thresholds,
             search.thresholds if search.sorted_codes is None else search.sorted_codes,
@@ -85,41 +90,61 @@ def quantize_4bit(
             FIND_PLACE=_find_place_by_bins() if use_bins else _find_place_by_tree(),
             REORDER=search.sorted_codes is not None,
             PARTIAL=flat.numel() % block_size != 0,
+            SUMS=sums is not None,
             BLOCK_SIZE=block_size,
-            BLOCKS=blocks_per_program,
+            BLOCKS=_blocks_per_program(block_size, launch),
             BYTES_PER_THREAD=8 // flat.itemsize,
             num_warps=launch.num_warps,
             enable_fp_fusion=False,
         )
 
 
+def num_programs(num_blocks: int, *, block_size: int, launch: QuantizeLaunch) -> int:
+    """Return how many programs `quantize_4bit` launches."""
+    return -(-num_blocks // _blocks_per_program(block_size, launch))
+
+
+def _blocks_per_program(block_size: int, launch: QuantizeLaunch) -> int:
+    return max(1, launch.elements_per_program // block_size)
+
+
 def quantize_absmax(
-    absmax: torch.Tensor, offset: torch.Tensor, dynamic_codes: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
+    absmax: torch.Tensor,
+    sums: torch.Tensor,
+    dynamic_codes: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor,
 ) -> None:
     """Write the 8-bit form of absmax.
 
     Args:
         absmax: fp32 [blocks].
-        offset: fp32 scalar on the device, their mean.
+        sums: fp32, any number of partial sums of absmax.
         dynamic_codes: uint8 [65536].
         codes: uint8 [blocks], written.
         scale: fp32 [ceil(blocks / 256)], written.
+        offset: fp32 scalar, written: the mean of absmax.
     """
     with torch.cuda.device_of(absmax):
         _absmax_kernel()[(-(-scale.numel() // GROUPS_PER_PROGRAM),)](
             absmax,
-            offset,
+            sums,
             dynamic_codes,
             codes,
             scale,
+            offset,
             absmax.numel(),
+            sums.numel(),
             GROUPS=GROUPS_PER_PROGRAM,
-            num_warps=4,
+            CHUNK=SUMS_PER_CHUNK,
+            num_warps=8,
             enable_fp_fusion=False,
         )
 
 
-GROUPS_PER_PROGRAM = 4
+GROUPS_PER_PROGRAM = 16
+SUMS_PER_CHUNK = 4096
 
 
 @functools.cache
@@ -130,8 +155,8 @@ def _quantize_kernel() -> Any:
 
     @triton.jit
     def _quantize_4bit_kernel(
-        x_ptr, packed_ptr, absmax_ptr, threshold_ptr, base_ptr, code_ptr, num_blocks, num_bytes, numel,
-        FIND_PLACE: tl.constexpr, REORDER: tl.constexpr, PARTIAL: tl.constexpr,
+        x_ptr, packed_ptr, absmax_ptr, sum_ptr, threshold_ptr, base_ptr, code_ptr, num_blocks, num_bytes, numel,
+        FIND_PLACE: tl.constexpr, REORDER: tl.constexpr, PARTIAL: tl.constexpr, SUMS: tl.constexpr,
         BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr, BYTES_PER_THREAD: tl.constexpr,
     ):  # fmt: skip
         # Addresses: a 64-bit scalar for the tile, 32-bit offsets inside it.
@@ -154,6 +179,8 @@ def _quantize_kernel() -> Any:
                 quotient = tl.div_rn(x, tl.broadcast_to(at_least[:, None], [BLOCKS, BLOCK_SIZE]))
                 scaled = tl.where(is_short[:, None], quotient, scaled)
         tl.store(absmax_ptr + block, absmax, mask=block < num_blocks)
+        if SUMS:
+            tl.store(sum_ptr + tl.program_id(0), tl.sum(tl.where(block < num_blocks, absmax, 0.0)))
 
         code = FIND_PLACE(tl.reshape(scaled, [BLOCKS * BLOCK_SIZE]), threshold_ptr, base_ptr)
         if REORDER:
@@ -211,12 +238,23 @@ def _absmax_kernel() -> Any:
 
     @triton.jit
     def _quantize_absmax_kernel(
-        absmax_ptr, offset_ptr, table_ptr, code_ptr, scale_ptr, num_blocks, GROUPS: tl.constexpr
+        absmax_ptr, sum_ptr, table_ptr, code_ptr, scale_ptr, offset_ptr, num_blocks, num_sums,
+        GROUPS: tl.constexpr, CHUNK: tl.constexpr,
     ):  # fmt: skip
+        place = tl.arange(0, CHUNK)
+        sums = tl.zeros([CHUNK], tl.float64)
+        start = 0
+        while start < num_sums:
+            sums += tl.load(sum_ptr + start + place, mask=start + place < num_sums, other=0.0).to(tl.float64)
+            start += CHUNK
+        offset = (tl.sum(sums) / num_blocks).to(tl.float32)
+        if tl.program_id(0) == 0:
+            tl.store(offset_ptr, offset)
+
         group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
         block = group[:, None] * 256 + tl.arange(0, 256)[None, :]
         mask = block < num_blocks
-        centred = tl.where(mask, tl.load(absmax_ptr + block, mask=mask, other=0.0) - tl.load(offset_ptr), 0.0)
+        centred = tl.where(mask, tl.load(absmax_ptr + block, mask=mask, other=0.0) - offset, 0.0)
         bits = centred.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         scale = tl.max(bits, axis=1).to(tl.float32, bitcast=True)
         tl.store(scale_ptr + group, scale, mask=group * 256 < num_blocks)

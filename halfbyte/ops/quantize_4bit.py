@@ -18,9 +18,9 @@ Double quantisation keeps absmax in 8 bits: minus its mean, in groups of 256, ag
 Both levels equal bitsandbytes 0.50.2 on a CPU bit for bit, but for numbers that fall between its CPU and CUDA
 thresholds (see `quant.codebooks`). Its CUDA kernels differ from its CPU path, hence from ours, in five more ways: an
 all-zero NF4 block has codes 0 there, FP4's two zeros are swapped, the reciprocal is approximate, a short last block
-uses it too, and the second level is searched in the map itself. `mean` is torch's, as in bitsandbytes; its order of
-summation, so the last bit of `offset` and what follows from it, is that of the device and its number of threads. The
-bytes of a block that holds a NaN or an infinity are unspecified.
+uses it too, and the second level is searched in the map itself. `mean` is torch's on a CPU, as in bitsandbytes; its
+order of summation, so the last bit of `offset` and what follows from it, is that of the number of threads. On a GPU
+the kernel sums by itself, partly in fp64. The bytes of a block that holds a NaN or an infinity are unspecified.
 
 On a CPU the weight passes through in chunks that fit the cores' caches, with buffers reused from chunk to chunk:
 fresh memory costs ten times what reused memory does. Codes come from a search table (one lookup, one comparison)
@@ -34,7 +34,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 
 import torch
 
@@ -91,7 +90,10 @@ def quantize_4bit_reference(weight: torch.Tensor, spec: QuantSpec) -> QuantizedT
     codes = sorted_codes(spec.codebook, weight.device)[places.view(-1)].to(torch.uint8)
     codes = codes[: flat.numel() + flat.numel() % 2]
     packed = codes[0::2] << 4 | codes[1::2]
-    return _assemble(weight, spec, packed, absmax, quantize_absmax_reference)
+    if not spec.double_quant:
+        return _record(weight, spec, packed, absmax)
+    offset = absmax.mean()
+    return _record(weight, spec, packed, *quantize_absmax_reference(absmax, offset), offset)
 
 
 def quantize_absmax_reference(absmax: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,8 +123,13 @@ def quantize_4bit_triton(weight: torch.Tensor, spec: QuantSpec, *, launch: kerne
     packed = flat.new_empty((flat.numel() + 1) // 2, dtype=torch.uint8)
     absmax = flat.new_empty(-(-flat.numel() // spec.block_size), dtype=torch.float32)
     tables = _kernel_tables(spec.codebook, weight.device)
-    kernels.quantize_4bit(flat, tables, packed, absmax, block_size=spec.block_size, launch=launch)
-    return _assemble(weight, spec, packed, absmax, _quantize_absmax_triton)
+    sums = None
+    if spec.double_quant:
+        sums = absmax.new_empty(kernels.num_programs(absmax.numel(), block_size=spec.block_size, launch=launch))
+    kernels.quantize_4bit(flat, tables, packed, absmax, sums, block_size=spec.block_size, launch=launch)
+    if sums is None:
+        return _record(weight, spec, packed, absmax)
+    return _record(weight, spec, packed, *_quantize_absmax_triton(absmax, sums))
 
 
 def default_launch(spec: QuantSpec) -> kernels.QuantizeLaunch:
@@ -139,17 +146,14 @@ def _check(weight: torch.Tensor) -> None:
         raise ConfigError(f"cannot quantise an empty weight (shape {tuple(weight.shape)})")
 
 
-def _assemble(
+def _record(
     weight: torch.Tensor,
     spec: QuantSpec,
     packed: torch.Tensor,
     absmax: torch.Tensor,
-    quantize_absmax: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    scale: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
 ) -> QuantizedTensor:
-    scale = offset = None
-    if spec.double_quant:
-        offset = absmax.mean()
-        absmax, scale = quantize_absmax(absmax, offset)
     return QuantizedTensor(
         packed=packed,
         absmax=absmax,
@@ -181,7 +185,10 @@ def _quantize_cpu(weight: torch.Tensor, spec: QuantSpec) -> QuantizedTensor:
         tail = quantize_4bit_reference(flat[-rest:], single)
         packed[-tail.packed.numel() :] = tail.packed
         absmax[-1:] = tail.absmax
-    return _assemble(weight, spec, packed, absmax, _quantize_absmax_cpu)
+    if not spec.double_quant:
+        return _record(weight, spec, packed, absmax)
+    offset = absmax.mean()
+    return _record(weight, spec, packed, *_quantize_absmax_cpu(absmax, offset), offset)
 
 
 class _Chunk:
@@ -251,8 +258,11 @@ def _kernel_tables(codebook: str, device: torch.device) -> kernels.Search:
     return kernels.Search(thresholds(codebook, device), None, base.to(torch.int32), threshold)
 
 
-def _quantize_absmax_triton(absmax: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_absmax_triton(
+    absmax: torch.Tensor, sums: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     codes = torch.empty_like(absmax, dtype=torch.uint8)
     scale = absmax.new_empty(-(-absmax.numel() // ABSMAX_GROUP))
-    kernels.quantize_absmax(absmax, offset, dynamic_codes(absmax.device), codes, scale)
-    return codes, scale
+    offset = absmax.new_empty(())
+    kernels.quantize_absmax(absmax, sums, dynamic_codes(absmax.device), codes, scale, offset)
+    return codes, scale, offset

@@ -15,13 +15,19 @@ import torch
 
 from halfbyte.kernels.dequantize_4bit import DequantizeLaunch
 from halfbyte.kernels.quantize_4bit import QuantizeLaunch
-from halfbyte.ops import dequantize_4bit, dequantize_4bit_reference, quantize_4bit, quantize_4bit_reference
+from halfbyte.ops import dequantize_4bit, dequantize_4bit_reference, quantize_4bit
 from halfbyte.ops.dequantize_4bit import dequantize_4bit_triton
-from halfbyte.ops.quantize_4bit import quantize_4bit_triton
+from halfbyte.ops.quantize_4bit import _quantize_absmax_triton, quantize_4bit_triton, quantize_absmax_reference
 from halfbyte.quant import QuantSpec
 from halfbyte.quant.codebooks import thresholds
 from halfbyte.quant.tensor import CODEBOOKS
-from tests.ops.quantize_cases import DTYPES, assert_same_bytes, assert_same_numbers, make_weight
+from tests.ops.quantize_cases import (
+    DTYPES,
+    assert_same_bytes,
+    assert_same_numbers,
+    make_weight,
+    reference_with_offset,
+)
 
 # numpy says aloud what a GPU does silently.
 pytestmark = [
@@ -45,7 +51,8 @@ def test_quantize_4bit_kernel_gives_the_reference_bytes(spec: QuantSpec, dtype: 
     for (seed, shape), search in itertools.product(enumerate([(7,), (65, 129), (128, 64)]), searches):
         weight = without_denormals(make_weight(shape, dtype, seed=seed), dtype)
         launch = QuantizeLaunch(search=search, elements_per_program=2048)
-        assert_same_bytes(quantize_4bit_reference(weight, spec), quantize_4bit_triton(weight, spec, launch=launch))
+        q = quantize_4bit_triton(weight, spec, launch=launch)
+        assert_same_bytes(reference_with_offset(weight, spec, q), q)
 
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)
@@ -53,7 +60,8 @@ def test_quantize_4bit_kernel_decides_at_the_thresholds_as_the_reference(codeboo
     x = thresholds(codebook)
     near = torch.cat([x, x.nextafter(torch.full_like(x, 9.0)), x.nextafter(torch.full_like(x, -9.0)), torch.ones(19)])
     spec = QuantSpec(codebook=codebook)
-    assert_same_bytes(quantize_4bit_reference(near, spec), quantize_4bit(near, spec, backend="triton"))
+    q = quantize_4bit(near, spec, backend="triton")
+    assert_same_bytes(reference_with_offset(near, spec, q), q)
 
 
 def test_quantize_4bit_kernel_does_not_hide_what_is_not_finite() -> None:
@@ -62,6 +70,15 @@ def test_quantize_4bit_kernel_does_not_hide_what_is_not_finite() -> None:
         weight[70] = bad
         absmax = quantize_4bit(weight, QuantSpec(double_quant=False), backend="triton").absmax
         assert absmax.isfinite().tolist() == [True, False, True, True]
+
+
+def test_quantize_absmax_kernel_adds_up_any_number_of_sums() -> None:
+    absmax, sums = torch.rand(700), torch.rand(9001)
+    codes, scale, offset = _quantize_absmax_triton(absmax, sums)
+    assert offset.item() == pytest.approx(sums.double().sum().item() / 700, rel=1e-7)
+    expected_codes, expected_scale = quantize_absmax_reference(absmax, offset)
+    assert torch.equal(codes, expected_codes)
+    assert torch.equal(scale, expected_scale)
 
 
 @SPEC

@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from halfbyte.ops.quantize_4bit import quantize_4bit_reference, quantize_absmax_reference
 from halfbyte.quant import QuantizedTensor, QuantSpec
 from halfbyte.quant.tensor import BLOCK_SIZES, CODEBOOKS
 
@@ -34,6 +35,17 @@ def make_weight(
     flat[::97] *= 10
     flat[-(flat.numel() // 13) :] = 0.5
     return flat.clamp(-largest, largest).to(dtype).view(shape).to(device)
+
+
+def reference_with_offset(weight: torch.Tensor, spec: QuantSpec, q: QuantizedTensor) -> QuantizedTensor:
+    """Return what the reference on the CPU makes of a weight, given the mean of absmax that `q` was made with."""
+    single = QuantSpec(codebook=spec.codebook, block_size=spec.block_size, double_quant=False)
+    expected = quantize_4bit_reference(weight.cpu(), single)
+    if q.absmax_offset is None:
+        return expected
+    assert abs(q.absmax_offset.item() / expected.absmax.mean().item() - 1) < 1e-5
+    codes, scale = quantize_absmax_reference(expected.absmax, q.absmax_offset.cpu())
+    return dataclasses.replace(expected, absmax=codes, absmax_scale=scale, absmax_offset=q.absmax_offset)
 
 
 def assert_same_bytes(expected: QuantizedTensor, actual: QuantizedTensor) -> None:

@@ -9,11 +9,11 @@ from halfbyte.errors import BackendError, ConfigError
 from halfbyte.kernels.quantize_4bit import QuantizeLaunch
 from halfbyte.ops import dequantize_4bit, quantize_4bit, quantize_4bit_reference
 from halfbyte.ops.dequantize_4bit import restore_absmax_reference
-from halfbyte.ops.quantize_4bit import quantize_4bit_triton, quantize_absmax_reference
+from halfbyte.ops.quantize_4bit import quantize_4bit_triton
 from halfbyte.quant import QuantizedTensor, QuantSpec
 from halfbyte.quant.codebooks import codebook_values, sorted_codes, thresholds
 from halfbyte.quant.tensor import CODEBOOKS
-from tests.ops.quantize_cases import DTYPES, SHAPES, SPECS, assert_same_bytes, make_weight
+from tests.ops.quantize_cases import DTYPES, SHAPES, SPECS, assert_same_bytes, make_weight, reference_with_offset
 
 CODEBOOK = pytest.mark.parametrize("codebook", CODEBOOKS)
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -187,20 +187,6 @@ GPU_LAUNCHES = [
     for search in ("bins", "tree")
     for elements, num_warps in ((1024, 4), (4096, 4), (8192, 8))
 ]
-
-
-def reference_with_offset(weight: torch.Tensor, spec: QuantSpec, q: QuantizedTensor) -> QuantizedTensor:
-    """The reference on the CPU, given the device's mean of absmax."""
-    single = QuantSpec(codebook=spec.codebook, block_size=spec.block_size, double_quant=False)
-    expected = quantize_4bit_reference(weight.cpu(), single)
-    if q.absmax_offset is None:
-        return expected
-    assert abs(q.absmax_offset.item() / expected.absmax.mean().item() - 1) < 1e-5
-    codes, scale = quantize_absmax_reference(expected.absmax, q.absmax_offset.cpu())
-    return QuantizedTensor(
-        packed=expected.packed, absmax=codes, absmax_scale=scale, absmax_offset=q.absmax_offset,
-        codebook=spec.codebook, block_size=spec.block_size, shape=expected.shape, dtype=expected.dtype,
-    )  # fmt: skip
 
 
 @pytest.mark.gpu
