@@ -1,9 +1,10 @@
 """AdamW with 8-bit or 32-bit moments on a GPU: one launch, and nothing that waits for the device.
 
 The host's part of a step is to learn where the gradients lie. Addresses and the groups' numbers go to the device only
-when they have changed, in a fresh tensor each time: torch's allocators, of pinned and of device memory, keep a freed
-block away from new owners until the copies and kernels that use it are done, so nothing here has to wait or be reused
-by hand.
+when they are new, in a fresh tensor each time: torch's allocators, of pinned and of device memory, keep a freed block
+away from new owners until the copies and kernels that use it are done, so nothing here has to wait or be reused by
+hand. A training loop that frees its gradients gets the same few sets of addresses again and again, so the last few
+tables of them stay on the device.
 """
 
 from __future__ import annotations
@@ -23,19 +24,17 @@ from halfbyte.quant.codebooks import dynamic_map
 
 # In bytes of an address and in elements of a tensor.
 ALIGNMENT = 16
+MAX_RECENT_PLACES = 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Places:
     """Where parameters and gradients lie."""
 
-    addresses: list[int]
-    """Of the parameters, then of the gradients, 0 for one that is None."""
     uploaded: torch.Tensor
-    """The same on the device, int64, with the address of its copy for a gradient that is not contiguous."""
+    """The addresses of the parameters, then of the gradients, 0 for one that is None; int64 on the device."""
     aligned: bool
     """Whether all of them, and all numels, are multiples of 16."""
-    copies: list[torch.Tensor]
 
 
 class TritonStepper:
@@ -47,7 +46,7 @@ class TritonStepper:
         self.moments = kernels.Moments(state.m, state.v, state.m_absmax, state.v_absmax)
         self.codes = code_tables(state.device) if state.state_bits == 8 else None
         self._numels_are_aligned = not any(numel % ALIGNMENT for numel in state.numels)
-        self._places = Places([], torch.empty(0), aligned=False, copies=[])
+        self._recent: dict[tuple[int, ...], Places] = {}
         self._hyper: list[list[float]] = []
         self._uploaded_hyper = torch.empty(0)
 
@@ -61,21 +60,27 @@ class TritonStepper:
     ) -> None:
         if not params:
             return
-        addresses = [param.data_ptr() for param in params]
-        addresses += [0 if grad is None else grad.data_ptr() for grad in grads]
-        if addresses != self._places.addresses or self._places.copies:
-            self._places = self._locate(addresses, params, grads)
+        if not self._recent:
+            # Once: torch itself demands that a gradient agrees with its parameter.
+            check_tensors(params, grads)
+        # Copies live until the launch is queued; the allocator keeps their memory until it has run.
+        grads = [grad if grad is None or grad.is_contiguous() else grad.contiguous() for grad in grads]
+        addresses = (
+            *[param.data_ptr() for param in params],
+            *[0 if grad is None else grad.data_ptr() for grad in grads],
+        )
+        places = self._recent.get(addresses) or self._upload_places(addresses)
         hyper = [_hyper_row(group) for group in groups]
         if hyper != self._hyper:
             self._hyper = hyper
             self._uploaded_hyper = self._upload(torch.tensor(hyper, dtype=torch.float64))
         inputs = kernels.LaunchInputs(
-            addresses=self._places.uploaded,
+            addresses=places.uploaded,
             hyper=self._uploaded_hyper,
             grad_scale=control.grad_scale,
             skip=control.found_inf,
             dtype=params[0].dtype,
-            aligned=self._places.aligned,
+            aligned=places.aligned,
         )
         kernels.adamw8bit(self.tables, self.moments, self.codes, inputs)
 
@@ -85,21 +90,14 @@ class TritonStepper:
     def write_steps(self, steps: Sequence[int]) -> None:
         self.tables.steps[self.tables.row] = torch.tensor(steps, dtype=torch.int32)
 
-    def _locate(
-        self, addresses: list[int], params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]
-    ) -> Places:
-        if not self._places.addresses:
-            # Once: torch itself demands that a gradient agrees with its parameter.
-            check_tensors(params, grads)
-        used, copies = list(addresses), []
-        for tensor, grad in enumerate(grads):
-            if grad is not None and not grad.is_contiguous():
-                copies.append(grad.contiguous())
-                used[len(params) + tensor] = copies[-1].data_ptr()
-        aligned = self._numels_are_aligned and functools.reduce(operator.or_, used) % ALIGNMENT == 0
+    def _upload_places(self, addresses: tuple[int, ...]) -> Places:
+        aligned = self._numels_are_aligned and functools.reduce(operator.or_, addresses) % ALIGNMENT == 0
         # An array first: torch takes a list four times as slowly.
-        uploaded = self._upload(torch.frombuffer(array.array("q", used), dtype=torch.int64))
-        return Places(addresses, uploaded, aligned, copies)
+        uploaded = self._upload(torch.frombuffer(array.array("q", addresses), dtype=torch.int64))
+        if len(self._recent) == MAX_RECENT_PLACES:
+            del self._recent[next(iter(self._recent))]
+        self._recent[addresses] = Places(uploaded, aligned)
+        return self._recent[addresses]
 
     def _upload(self, values: torch.Tensor) -> torch.Tensor:
         if self.state.device.type == "cuda":

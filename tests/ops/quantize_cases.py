@@ -43,7 +43,8 @@ def reference_with_offset(weight: torch.Tensor, spec: QuantSpec, q: QuantizedTen
     expected = quantize_4bit_reference(weight.cpu(), single)
     if q.absmax_offset is None:
         return expected
-    assert abs(q.absmax_offset.item() / expected.absmax.mean().item() - 1) < 1e-5
+    # In fp64: a sum of huge numbers overflows in fp32.
+    assert abs(q.absmax_offset.item() / expected.absmax.double().mean().item() - 1) < 1e-6
     codes, scale = quantize_absmax_reference(expected.absmax, q.absmax_offset.cpu())
     return dataclasses.replace(expected, absmax=codes, absmax_scale=scale, absmax_offset=q.absmax_offset)
 
