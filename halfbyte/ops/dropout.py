@@ -8,10 +8,8 @@ draw one gap for each dropped element, 1 in 20 at p = 0.05:
     position_i = gap_0 + ... + gap_i - 1
 
 Positions over the row-major flattened tensor are what is kept for the backward, 4 bytes a dropped element (0.2 bytes
-an element at p = 0.05). Dropping is a copy and a scatter of zeros. The gradient of a low-rank product through the
-dropout is added without a temporary: remember the values of the gradient at the dropped positions, add the product
-everywhere, put the remembered values back. On two cores, all of this is 6% of a step of SmolLM2-135M at p = 0.05; the
-price grows with p.
+an element at p = 0.05). Dropping is a copy and a scatter of zeros. On two cores, all of this is 6% of a step of
+SmolLM2-135M at p = 0.05; the price grows with p.
 
 The scale 1 / (1 - p) of inverted dropout is left to the caller, who has a scaling to fold it into.
 
@@ -59,22 +57,15 @@ def apply_dropout(x: torch.Tensor, dropped: torch.Tensor, *, out: torch.Tensor) 
     """Write `x` with the dropped elements set to zero, and nothing scaled, to the contiguous `out`."""
     if dropped.dtype == torch.bool:
         return torch.mul(x, dropped, out=out)
-    out.copy_(x)
-    out.view(-1).index_fill_(0, dropped.long(), 0)
-    return out
+    return drop_(out.copy_(x), dropped)
 
 
-def add_dropped_product_(
-    grad_x_TD: torch.Tensor, left_TR: torch.Tensor, right_RD: torch.Tensor, *, dropped: torch.Tensor, alpha: float
-) -> torch.Tensor:
-    """Add alpha * left @ right to the contiguous `grad_x_TD`, except at the dropped elements."""
+def drop_(x: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
+    """Set the dropped elements of the contiguous `x` to zero, and scale nothing."""
     if dropped.dtype == torch.bool:
-        return grad_x_TD.addcmul_(left_TR @ right_RD, dropped, value=alpha)
-    flat, positions = grad_x_TD.view(-1), dropped.long()
-    remembered = flat.index_select(0, positions)
-    grad_x_TD.addmm_(left_TR, right_RD, alpha=alpha)
-    flat.index_copy_(0, positions, remembered)
-    return grad_x_TD
+        return x.mul_(dropped)
+    x.view(-1).index_fill_(0, dropped.long(), 0)
+    return x
 
 
 def _draw_positions(num_gaps: int, probability: float, *, start: int) -> torch.Tensor:

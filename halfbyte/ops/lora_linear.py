@@ -11,9 +11,12 @@ dtype for the products, and get fp32 gradients.
 Kept for the backward: x, u (tokens x rank, so grad_B needs no second pass over x), the dropped positions, and the
 masters by reference. Never W in 16 bits, see `expand_weight`, and never d: it is written again into a reused buffer.
 
-The adapter's part is accumulated in place into the output of the large product, and into the gradient of the input,
-so no temporary of activation size is made beyond the results themselves. s and 1 / (1 - p) are one factor, given to
-the matrix products, which apply it for free.
+The adapter's part is small beside the base's: after the first steps less than half of what 16 bits can tell apart.
+So it is computed first, and the large product is added to it inside that product's own fp32 sums; one rounding of the
+whole then keeps it on average. Added to a base output that is already rounded, it would be rounded away again. The
+gradient of the input is treated alike, and neither way needs a temporary of activation size.
+
+s / (1 - p) is one factor, applied to the small matrices.
 
 Price: W is expanded twice a step, and there is no second derivative.
 
@@ -29,7 +32,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from halfbyte.ops.dequantize_4bit import dequantize_4bit_reference
-from halfbyte.ops.dropout import add_dropped_product_, apply_dropout, draw_dropout
+from halfbyte.ops.dropout import apply_dropout, draw_dropout, drop_
 from halfbyte.ops.expand_weight import FrozenWeight, expand_weight
 from halfbyte.ops.workspace import Workspace
 from halfbyte.quant.tensor import QuantizedTensor
@@ -143,9 +146,10 @@ class _Frozen:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return y and (1 - p) u."""
         dtype = x_TD.dtype
-        y_TF = torch.nn.functional.linear(x_TD, self.expand(dtype), None if bias is None else bias.to(dtype))
         u_TR = self.drop(x_TD, dropped) @ lora_A.to(dtype).T
-        return y_TF.addmm_(u_TR, lora_B.to(dtype).T, alpha=self.factor), u_TR
+        y_TF = u_TR @ (lora_B * self.factor).to(dtype).T
+        y_TF.addmm_(x_TD, self.expand(dtype).T)
+        return y_TF if bias is None else y_TF.add_(bias.to(dtype)), u_TR
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -179,11 +183,10 @@ class _LoraLinear(torch.autograd.Function):
         if need_A:
             grad_A = _product_in(lora_A.dtype, grad_u_TR.T, frozen.drop(x_TD, dropped)).mul_(frozen.factor)
         if need_x:
-            grad_x = grad_y_TF @ frozen.expand(dtype)
-            if dropped is None:
-                grad_x.addmm_(grad_u_TR, lora_A.to(dtype), alpha=frozen.factor)
-            else:
-                add_dropped_product_(grad_x, grad_u_TR, lora_A.to(dtype), dropped=dropped, alpha=frozen.factor)
+            grad_x = grad_u_TR @ (lora_A * frozen.factor).to(dtype)
+            if dropped is not None:
+                drop_(grad_x, dropped)
+            grad_x.addmm_(grad_y_TF, frozen.expand(dtype))
         if need_bias:
             grad_bias = grad_y_TF.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return grad_x, grad_A, grad_B, grad_bias, None

@@ -91,6 +91,29 @@ def test_lora_linear_works_beside_a_plain_weight(stored: torch.dtype) -> None:
     assert_close("y", expected, y, dtype=torch.float32, roundings=4, reduction_length=64)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_lora_linear_does_not_round_a_small_adapter_away(device: str) -> None:
+    # As after the first steps of a training: the adapter's part is far below half a unit in the last place.
+    generator = torch.Generator().manual_seed(0)
+    x, weight, grad_y = (
+        torch.randn(shape, generator=generator).bfloat16().to(device) for shape in ((512, 256), (384, 256), (512, 384))
+    )
+    lora_A = torch.randn(16, 256, generator=generator).to(device) / 16
+    lora_B = torch.randn(384, 16, generator=generator).to(device) * 2e-4
+    x.requires_grad_()
+
+    def run_with(lora_B: torch.Tensor, lora_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = lora_linear(x, weight / 16, None, lora_A, lora_B, options=PLAIN, workspace=Workspace())
+        return y.detach().double(), torch.autograd.grad(y, x, grad_y)[0].double()
+
+    y, grad_x = run_with(lora_B, lora_A)
+    base_y, base_grad_x = run_with(torch.zeros_like(lora_B), lora_A)
+    both = PLAIN.scaling * lora_B.double() @ lora_A.double()
+    for added, exact in ((y - base_y, x.double() @ both.T), (grad_x - base_grad_x, grad_y.double() @ both)):
+        share_kept = ((added * exact).sum() / (exact * exact).sum()).item()
+        assert share_kept == pytest.approx(1, abs=0.1)
+
+
 def test_lora_linear_saves_no_weight() -> None:
     case = make_case(8, 96, 48, dtype=torch.bfloat16)
     outputs: list[torch.Tensor] = []
