@@ -1,0 +1,68 @@
+"""Dropout whose mask is a function of a seed and an element's place, so that nothing of it is kept.
+
+    dropped(i) = hash(seed, i) < round(p 2^32)        i = place in the row-major flattened tensor, modulo 2^32
+
+    h = (i * 0x9E3779B1 + seed) mod 2^32
+    h ^= h >> 16;  h *= 0x21F0AAAD;  h ^= h >> 15;  h *= 0x735A2D97;  h ^= h >> 15        (all mod 2^32)
+
+A kernel that reads an element anyway asks the hash on the way, forward and again backward. The finaliser is one of
+those found by search to have the least bias (https://nullprogram.com/blog/2018/07/31/ and its prospector project).
+
+Nothing is scaled by 1 / (1 - p); the caller has a scaling to fold that into.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+MASK_32 = 0xFFFFFFFF
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CounterDropout:
+    """Which elements of a tensor are dropped."""
+
+    seed: int
+    """In [0, 2^31)."""
+    probability: float
+    """Inside (0, 1)."""
+
+    @classmethod
+    def draw(cls, probability: float) -> CounterDropout | None:
+        """Draw a seed from torch's default generator of the CPU, which no device has to be asked for; None for p = 0."""
+        if not probability:
+            return None
+        return cls(int(torch.randint(2**31, (), device="cpu")), probability)
+
+    @property
+    def threshold(self) -> int:
+        """Hashes below it are dropped."""
+        return min(round(self.probability * 2**32), MASK_32)
+
+
+def keep_mask_reference(
+    shape: torch.Size | tuple[int, ...], dropout: CounterDropout, *, device: torch.device | str
+) -> torch.Tensor:
+    """Return a bool tensor, True where an element is kept: the definition, in plain torch on any device."""
+    h = torch.arange(torch.Size(shape).numel(), dtype=torch.int64, device=device)
+    h = (h * 0x9E3779B1 + dropout.seed) & MASK_32
+    h = _multiply(h ^ h >> 16, 0x21F0AAAD)
+    h = _multiply(h ^ h >> 15, 0x735A2D97)
+    return ((h ^ h >> 15) >= dropout.threshold).view(shape)
+
+
+def drop_copy(x: torch.Tensor, dropout: CounterDropout, *, out: torch.Tensor) -> torch.Tensor:
+    """Write `x` (tokens, features) with the dropped elements set to zero to `out`; either may have wider rows."""
+    return torch.mul(x, keep_mask_reference(x.shape, dropout, device=x.device), out=out)
+
+
+def add_dropped_(x: torch.Tensor, y: torch.Tensor, dropout: CounterDropout) -> torch.Tensor:
+    """Add `y` with the dropped elements set to zero to `x`, (tokens, features) both, rows of any stride."""
+    return x.add_(y * keep_mask_reference(y.shape, dropout, device=y.device))
+
+
+def _multiply(h: torch.Tensor, factor: int) -> torch.Tensor:
+    # 32 by 32 bits do not fit a signed 64-bit product: the upper half of the factor's bits first.
+    return (((h * (factor >> 16) & 0xFFFF) << 16) + h * (factor & 0xFFFF)) & MASK_32

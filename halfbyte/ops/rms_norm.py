@@ -1,0 +1,118 @@
+"""Root-mean-square norm with a frozen weight, forward and backward as two calls.
+
+    r = rsqrt(mean(x^2) + eps)        y = x r w
+
+    grad_x = r (w grad_y - x r^2 mean(x w grad_y))
+
+The arithmetic is fp32 whatever the dtype of x, with one rounding at the end. y is never kept: the backward of a
+block computes it again from x and r. It may be written into a buffer with wider rows, which leaves room for an
+adapter's columns beside it; a second copy with dropout is the adapter's input.
+
+In the backward an adapter's share of grad_y, which saw the dropout, may come apart from the base's:
+
+    grad_y = grad_base + dropout(grad_adapter)
+
+Source: Zhang and Sennrich, arXiv 1910.07467.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from halfbyte.ops.counter_dropout import CounterDropout, keep_mask_reference
+
+# T tokens (or tokens times heads), D features
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight_D: torch.Tensor,
+    *,
+    eps: float,
+    out: torch.Tensor,
+    dropped: torch.Tensor | None = None,
+    dropout: CounterDropout | None = None,
+) -> torch.Tensor:
+    """Write the normalised `x` to `out`.
+
+    Args:
+        x: (tokens, features) or (tokens, heads, features), fp32, fp16 or bf16; features adjacent, other strides free.
+        weight_D: (features,).
+        eps: Added to the mean square.
+        out: Of the shape and dtype of x, strides free but for the features'; may be x itself.
+        dropped: If given, also written: `out` with the elements of `dropout` set to zero.
+        dropout: Belongs to `dropped`.
+
+    Returns:
+        r, fp32, of the shape of x without the features.
+    """
+    return rms_norm_reference(x, weight_D, eps=eps, out=out, dropped=dropped, dropout=dropout)
+
+
+def rms_norm_backward(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    weight_D: torch.Tensor,
+    r: torch.Tensor,
+    *,
+    out: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    grad_adapter: torch.Tensor | None = None,
+    dropout: CounterDropout | None = None,
+) -> torch.Tensor:
+    """Write the gradient of x to `out`, and return it.
+
+    Args:
+        grad_y: Of the shape of x.
+        x: What was normalised.
+        weight_D: (features,).
+        r: What the forward returned.
+        out: Of the shape of x; may be `grad_y` or `residual`.
+        residual: Added: the gradient that reached x past the norm.
+        grad_adapter: Added to grad_y, with the elements of `dropout` set to zero.
+        dropout: Belongs to `grad_adapter`.
+    """
+    return rms_norm_backward_reference(
+        grad_y, x, weight_D, r, out=out, residual=residual, grad_adapter=grad_adapter, dropout=dropout
+    )
+
+
+def rms_norm_reference(
+    x: torch.Tensor,
+    weight_D: torch.Tensor,
+    *,
+    eps: float,
+    out: torch.Tensor,
+    dropped: torch.Tensor | None = None,
+    dropout: CounterDropout | None = None,
+) -> torch.Tensor:
+    """Write the normalised `x` to `out`: the definition, in plain torch on any device."""
+    wide = x.float() if x.dtype != torch.float64 else x
+    r = torch.rsqrt(wide.square().mean(-1) + eps)
+    out.copy_(wide * r[..., None] * weight_D.to(wide.dtype))
+    if dropped is not None:
+        assert dropout is not None
+        dropped.copy_(out * keep_mask_reference(x.shape, dropout, device=x.device))
+    return r
+
+
+def rms_norm_backward_reference(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    weight_D: torch.Tensor,
+    r: torch.Tensor,
+    *,
+    out: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    grad_adapter: torch.Tensor | None = None,
+    dropout: CounterDropout | None = None,
+) -> torch.Tensor:
+    """Write the gradient of x to `out`: the definition, in plain torch on any device."""
+    grad, wide = grad_y.to(r.dtype), x.to(r.dtype)
+    if grad_adapter is not None:
+        assert dropout is not None
+        grad = grad + grad_adapter * keep_mask_reference(x.shape, dropout, device=x.device)
+    weighted = grad * weight_D.to(r.dtype)
+    mean = (wide * weighted).mean(-1, keepdim=True)
+    grad_x = r[..., None] * (weighted - wide * r[..., None].square() * mean)
+    return out.copy_(grad_x if residual is None else grad_x + residual)

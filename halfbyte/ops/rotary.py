@@ -1,0 +1,40 @@
+"""Rotary position embedding, in place.
+
+    y[:, :H/2] = x[:, :H/2] cos - x[:, H/2:] sin        y[:, H/2:] = x[:, H/2:] cos + x[:, :H/2] sin
+
+Both halves of a head turn together, as in the checkpoints that transformers reads. Turning back is turning by -sin,
+which is the gradient too. The arithmetic is fp32 with one rounding.
+
+Source: Su et al., RoFormer, arXiv 2104.09864.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# T tokens, N heads, H head width
+
+
+def rotate_(x_TNH: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor, *, backward: bool = False) -> torch.Tensor:
+    """Turn every head of `x_TNH` by the angles of its token, in place, and return it.
+
+    Args:
+        x_TNH: (tokens, heads, width), fp32, fp16 or bf16; a head's elements adjacent, other strides free, so that the
+            queries and keys inside a wider buffer turn in one call.
+        cos_TH: (tokens, width), both halves equal, any floating dtype, contiguous.
+        sin_TH: As the cosines.
+        backward: Turn back instead.
+    """
+    return rotate_reference_(x_TNH, cos_TH, sin_TH, backward=backward)
+
+
+def rotate_reference_(
+    x_TNH: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor, *, backward: bool = False
+) -> torch.Tensor:
+    """Turn every head in place: the definition, in plain torch on any device."""
+    dtype = torch.promote_types(x_TNH.dtype, torch.float32)
+    half = x_TNH.shape[-1] // 2
+    cos, sin = (t[:, None, :half].to(dtype) for t in (cos_TH, sin_TH))
+    sin = -sin if backward else sin
+    low, high = x_TNH.to(dtype).split(half, dim=-1)
+    return x_TNH.copy_(torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1))

@@ -1,0 +1,105 @@
+"""The gated product of an MLP, forward and backward as two calls.
+
+    p = silu(g) u        silu(g) = g sigmoid(g)
+
+    grad_g = grad_p u (sigmoid(g) + silu(g) (1 - sigmoid(g)))        grad_u = grad_p silu(g)
+
+g and u lie side by side in one matrix, as one product wrote them. p is never kept: the backward computes it again on
+the way, for the adapter's gradients, and writes grad_g and grad_u over g and u. The arithmetic is fp32 with one
+rounding each. p may go to a buffer with wider rows, and a second copy of it with dropout is the adapter's input.
+
+Source: Shazeer, GLU variants, arXiv 2002.05202.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from halfbyte.ops.counter_dropout import CounterDropout, keep_mask_reference
+
+# T tokens, F feed-forward width, G = 2 F: gate, then up
+
+
+def swiglu(
+    gate_up_TG: torch.Tensor,
+    *,
+    out_TF: torch.Tensor,
+    dropped_TF: torch.Tensor | None = None,
+    dropout: CounterDropout | None = None,
+) -> torch.Tensor:
+    """Write the gated product to `out_TF`, and return it.
+
+    Args:
+        gate_up_TG: (tokens, 2 x width), fp32, fp16 or bf16, contiguous.
+        out_TF: (tokens, width), rows of any stride.
+        dropped_TF: If given, also written: `out_TF` with the elements of `dropout` set to zero.
+        dropout: Belongs to `dropped_TF`.
+    """
+    return swiglu_reference(gate_up_TG, out_TF=out_TF, dropped_TF=dropped_TF, dropout=dropout)
+
+
+def swiglu_backward_(
+    gate_up_TG: torch.Tensor,
+    grad_p_TF: torch.Tensor,
+    *,
+    product_TF: torch.Tensor | None = None,
+    grad_adapter_TF: torch.Tensor | None = None,
+    dropout: CounterDropout | None = None,
+) -> torch.Tensor:
+    """Overwrite gate and up with their gradients, and return them.
+
+    Args:
+        gate_up_TG: (tokens, 2 x width), contiguous; read, then overwritten.
+        grad_p_TF: (tokens, width), rows of any stride.
+        product_TF: If given, written: the product again, with the elements of `dropout` (if any) set to zero, which
+            is the adapter's input. Rows of any stride. May be `grad_adapter_TF`, which is read first.
+        grad_adapter_TF: Added to grad_p, with the elements of `dropout` set to zero.
+        dropout: Of the adapter's input.
+    """
+    return swiglu_backward_reference_(
+        gate_up_TG, grad_p_TF, product_TF=product_TF, grad_adapter_TF=grad_adapter_TF, dropout=dropout
+    )
+
+
+def swiglu_reference(
+    gate_up_TG: torch.Tensor,
+    *,
+    out_TF: torch.Tensor,
+    dropped_TF: torch.Tensor | None = None,
+    dropout: CounterDropout | None = None,
+) -> torch.Tensor:
+    """Write the gated product to `out_TF`: the definition, in plain torch on any device."""
+    gate, up = _widen(gate_up_TG).chunk(2, dim=1)
+    out_TF.copy_(torch.nn.functional.silu(gate) * up)
+    if dropped_TF is not None:
+        assert dropout is not None
+        dropped_TF.copy_(out_TF * keep_mask_reference(out_TF.shape, dropout, device=out_TF.device))
+    return out_TF
+
+
+def swiglu_backward_reference_(
+    gate_up_TG: torch.Tensor,
+    grad_p_TF: torch.Tensor,
+    *,
+    product_TF: torch.Tensor | None = None,
+    grad_adapter_TF: torch.Tensor | None = None,
+    dropout: CounterDropout | None = None,
+) -> torch.Tensor:
+    """Overwrite gate and up with their gradients: the definition, in plain torch on any device."""
+    gate, up = _widen(gate_up_TG).chunk(2, dim=1)
+    grad = _widen(grad_p_TF)
+    keep = None if dropout is None else keep_mask_reference(grad.shape, dropout, device=grad.device)
+    if grad_adapter_TF is not None:
+        assert keep is not None
+        grad = grad + grad_adapter_TF * keep
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    if product_TF is not None:
+        product_TF.copy_(silu * up)
+        if keep is not None:
+            product_TF.mul_(keep)
+    return gate_up_TG.copy_(torch.cat([grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu], dim=1))
+
+
+def _widen(t: torch.Tensor) -> torch.Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
