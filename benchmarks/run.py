@@ -29,6 +29,7 @@ FOLDER = Path(__file__).parent
 GATES = {
     "quantize_4bit": ["tests/ops/test_quantize_4bit.py"],
     "dequantize_4bit": ["tests/ops/test_dequantize_4bit.py"],
+    "matvec_4bit": ["tests/ops/test_matvec_4bit.py"],
     "lora_linear": ["tests/ops/test_lora_linear.py", "tests/ops/test_linear_4bit.py"],
     "cross_entropy": ["tests/ops/test_cross_entropy.py"],
     "adamw8bit": ["tests/ops/test_adamw8bit.py"],

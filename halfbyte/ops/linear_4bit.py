@@ -5,6 +5,8 @@
 W is expanded into the workspace just before either product and never saved: what autograd keeps for the backward is
 the 4-bit record that the model owns anyway. The weight gets no gradient. A bias that asks for one gets it.
 
+A few tokens on a GPU that want no gradient, as in decoding, are multiplied without expanding, see `matvec_4bit`.
+
 Why a hand-written autograd.Function: torch's own would save the expanded weight for the backward, 16 bits a weight
 for as long as the graph lives, and the buffer could not be shared between layers.
 """
@@ -18,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from halfbyte.ops.dequantize_4bit import dequantize_4bit_reference
 from halfbyte.ops.expand_weight import expand_weight
+from halfbyte.ops.matvec_4bit import fits, matvec_4bit
 from halfbyte.ops.workspace import Workspace
 from halfbyte.quant.tensor import QuantizedTensor
 
@@ -45,6 +48,8 @@ def linear_4bit(
     x_TD = x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         y_TF = _Linear4bit.apply(x_TD, bias, q, workspace)
+    elif x_TD.is_cuda and fits(x_TD, q):
+        y_TF = matvec_4bit(x_TD, q, bias)
     else:
         y_TF = _product(x_TD, bias, q, workspace)
     return y_TF.view(*x.shape[:-1], y_TF.shape[-1])

@@ -18,6 +18,9 @@ gradient of the input is treated alike, and neither way needs a temporary of act
 
 s / (1 - p) is one factor, applied to the small matrices.
 
+A few tokens on a GPU that want no gradient, as in decoding, are multiplied without expanding W, see `matvec_4bit`,
+which takes the adapter's part in fp32.
+
 Price: W is expanded twice a step, and there is no second derivative.
 
 Source: Hu et al., LoRA, arXiv 2106.09685, with the dropout where PEFT puts it.
@@ -34,6 +37,7 @@ from torch.autograd.function import once_differentiable
 from halfbyte.ops.dequantize_4bit import dequantize_4bit_reference
 from halfbyte.ops.dropout import apply_dropout, draw_dropout, drop_
 from halfbyte.ops.expand_weight import FrozenWeight, expand_weight
+from halfbyte.ops.matvec_4bit import fits, matvec_4bit
 from halfbyte.ops.workspace import Workspace
 from halfbyte.quant.tensor import QuantizedTensor
 
@@ -83,6 +87,10 @@ def lora_linear(
     trained = (t for t in (x, lora_A, lora_B, bias) if t is not None and t.requires_grad)
     if torch.is_grad_enabled() and any(True for _ in trained):
         y_TF = _LoraLinear.apply(x_TD, lora_A, lora_B, bias, frozen)
+    elif x_TD.is_cuda and isinstance(weight, QuantizedTensor) and fits(x_TD, weight):
+        u_TR = frozen.drop(x_TD, frozen.draw(x_TD)) @ lora_A.to(x_TD.dtype).T
+        adapter_TF = (u_TR.to(lora_B.dtype) * frozen.factor) @ lora_B.T
+        y_TF = matvec_4bit(x_TD, weight, bias, add=adapter_TF)
     else:
         y_TF, _ = frozen.products(x_TD, lora_A, lora_B, bias, dropped=frozen.draw(x_TD))
     return y_TF.view(*x.shape[:-1], y_TF.shape[-1])
