@@ -17,6 +17,9 @@ import dataclasses
 
 import torch
 
+from halfbyte.kernels import counter_dropout as kernels
+from halfbyte.ops.backend import resolve_backend
+
 MASK_32 = 0xFFFFFFFF
 
 
@@ -31,7 +34,7 @@ class CounterDropout:
 
     @classmethod
     def draw(cls, probability: float) -> CounterDropout | None:
-        """Draw a seed from torch's default generator of the CPU, which no device has to be asked for; None for p = 0."""
+        """Draw a seed from torch's default generator on the CPU, which waits for no device; None for p = 0."""
         if not probability:
             return None
         return cls(int(torch.randint(2**31, (), device="cpu")), probability)
@@ -53,14 +56,53 @@ def keep_mask_reference(
     return ((h ^ h >> 15) >= dropout.threshold).view(shape)
 
 
-def drop_copy(x: torch.Tensor, dropout: CounterDropout, *, out: torch.Tensor) -> torch.Tensor:
-    """Write `x` (tokens, features) with the dropped elements set to zero to `out`; either may have wider rows."""
-    return torch.mul(x, keep_mask_reference(x.shape, dropout, device=x.device), out=out)
+def drop_copy(
+    x: torch.Tensor, dropout: CounterDropout, *, out: torch.Tensor, backend: str = "auto"
+) -> torch.Tensor:
+    """Write `x` with the dropped elements set to zero to `out`, and return it.
+
+    Args:
+        x: (tokens, features), fp32, fp16 or bf16; rows of any stride.
+        dropout: Which elements are dropped.
+        out: Of the shape of x, rows of any stride; may be x.
+        backend: "auto" (by device), "torch" or "triton".
+
+    Raises:
+        BackendError: The backend is unknown or cannot run on the device.
+    """
+    if resolve_backend("drop_copy", backend, x.device) == "torch":
+        return torch.mul(x, keep_mask_reference(x.shape, dropout, device=x.device), out=out)
+    assert_kernel_takes(x, out)
+    kernels.drop_copy(x, out, dropout)
+    return out
 
 
-def add_dropped_(x: torch.Tensor, y: torch.Tensor, dropout: CounterDropout) -> torch.Tensor:
-    """Add `y` with the dropped elements set to zero to `x`, (tokens, features) both, rows of any stride."""
-    return x.add_(y * keep_mask_reference(y.shape, dropout, device=y.device))
+def add_dropped_(
+    x: torch.Tensor, y: torch.Tensor, dropout: CounterDropout, *, backend: str = "auto"
+) -> torch.Tensor:
+    """Add `y` with the dropped elements set to zero to `x`, and return it.
+
+    Args:
+        x: (tokens, features), fp32, fp16 or bf16; rows of any stride.
+        y: Of the shape of x, rows of any stride.
+        dropout: Which elements of y are dropped.
+        backend: "auto" (by device), "torch" or "triton".
+
+    Raises:
+        BackendError: The backend is unknown or cannot run on the device.
+    """
+    if resolve_backend("add_dropped_", backend, x.device) == "torch":
+        return x.add_(y * keep_mask_reference(y.shape, dropout, device=y.device))
+    assert_kernel_takes(x, y)
+    kernels.add_dropped(x, y, dropout)
+    return x
+
+
+def assert_kernel_takes(*tensors: torch.Tensor | None) -> None:
+    """Fail unless tensors are what kernels of one pass take: of one shape, features adjacent, at most 32 bits wide."""
+    given = [t for t in tensors if t is not None]
+    assert all(t.shape == given[0].shape for t in given), [tuple(t.shape) for t in given]
+    assert all(t.stride(-1) == 1 and t.itemsize <= 4 for t in given), [(t.stride(), t.dtype) for t in given]
 
 
 def _multiply(h: torch.Tensor, factor: int) -> torch.Tensor:

@@ -185,11 +185,11 @@ class _LoraLinear(torch.autograd.Function):
         frozen, dtype = ctx.frozen, x_TD.dtype
         grad_x = grad_A = grad_B = grad_bias = None
         if need_B:
-            grad_B = _product_in(lora_B.dtype, grad_y_TF.T, u_TR).mul_(frozen.factor)
+            grad_B = product_in(lora_B.dtype, grad_y_TF.T, u_TR).mul_(frozen.factor)
         if need_A or need_x:
             grad_u_TR = grad_y_TF @ lora_B.to(dtype)
         if need_A:
-            grad_A = _product_in(lora_A.dtype, grad_u_TR.T, frozen.drop(x_TD, dropped)).mul_(frozen.factor)
+            grad_A = product_in(lora_A.dtype, grad_u_TR.T, frozen.drop(x_TD, dropped)).mul_(frozen.factor)
         if need_x:
             grad_x = grad_u_TR @ (lora_A * frozen.factor).to(dtype)
             if dropped is not None:
@@ -200,7 +200,7 @@ class _LoraLinear(torch.autograd.Function):
         return grad_x, grad_A, grad_B, grad_bias, None
 
 
-def _product_in(dtype: torch.dtype, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def product_in(dtype: torch.dtype, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return left @ right in `dtype`: from the accumulators where the device allows, else rounded on the way."""
     if left.is_cuda and dtype == torch.float32 != left.dtype:
         return torch.mm(left, right, out_dtype=dtype)

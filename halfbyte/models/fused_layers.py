@@ -1,0 +1,306 @@
+"""Which decoder layers of a model the fused block can take over, and how it does.
+
+A layer fits if it is one of the classes below, whose forward was read and is tested against ours, and its parts are
+what that class has by default: frozen RMS norms, SiLU, linear projections in 4 bits or plain with or without adapters.
+
+The layer stays where it is, with its parameters, names and state dict: only its class becomes a subclass made here,
+whose forward calls the block. Whatever the block does not do goes to the library's own forward: caches (generation),
+autocast, weights that are expanded for inference.
+
+`fuse_layers_` is chosen by the trainer where every layer fits; `unfuse_layers_` is the inverse.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from halfbyte.nn.convert import workspace_of
+from halfbyte.nn.decoder_block import BlockParts, Norm, Policy, decoder_block
+from halfbyte.nn.linear import Linear4bit
+from halfbyte.nn.lora import LoraLinear
+from halfbyte.nn.projection_group import ProjectionGroup, WeightOwner
+from halfbyte.ops.workspace import Workspace
+
+LAYER_CLASSES = (
+    "LlamaDecoderLayer",
+    "MistralDecoderLayer",
+    "Qwen2DecoderLayer",
+    "Qwen3DecoderLayer",
+    "SmolLM3DecoderLayer",
+)
+ATTENTION_PROJECTIONS, MLP_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+SILU = {"silu", "swish"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FusionReport:
+    """What became of a model's decoder layers; its text is for people."""
+
+    num_fused: int
+    reasons: dict[str, int]
+    """Why layers do not fit, and how many."""
+
+    def __str__(self) -> str:
+        if not self.reasons:
+            return f"fused blocks: all {self.num_fused} decoder layers"
+        why = "; ".join(f"{reason} ({count} layers)" if count > 1 else reason for reason, count in self.reasons.items())
+        return f"fused blocks: none, so training takes the path for any architecture, because {why}"
+
+
+@dataclasses.dataclass(slots=True)
+class _Binding:
+    """What a fused layer carries beside the library's attributes."""
+
+    workspace: Workspace
+    owners: dict[str, WeightOwner]
+    policy: Policy
+    adapters_ride: bool
+    modules: tuple[nn.Module, ...] = ()
+    """Of which the parts were made."""
+    parts: BlockParts | None = None
+
+
+class FusedLayer:
+    """The forward of a layer whose class `fuse_layers_` has changed; stands before the library's class."""
+
+    halfbyte_binding: _Binding
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Compute the layer as its class does; the arguments are transformers'."""
+        kwargs |= {"position_ids": position_ids, "use_cache": use_cache}
+        parts = _current_parts(self) if past_key_values is None and position_embeddings is not None else None
+        if parts is None or _is_better_unfused(self, hidden_states):
+            plain: Any = super()
+            return plain.forward(
+                hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        layer: Any = self
+        attention = layer.self_attn
+        attend = functools.partial(_attend, attention, attention_mask=attention_mask, training=layer.training, **kwargs)
+        assert position_embeddings is not None
+        cos_BLH, sin_BLH = position_embeddings
+        return decoder_block(
+            hidden_states,
+            parts,
+            cos_BLH=cos_BLH,
+            sin_BLH=sin_BLH,
+            attend=attend,
+            policy=self.halfbyte_binding.policy,
+            training=layer.training,
+        )
+
+
+def fuse_layers_(model: PreTrainedModel, *, policy: Policy = "keep", adapters_ride: bool | None = None) -> FusionReport:
+    """Let fused blocks compute the decoder layers of a model, if all of them fit.
+
+    Args:
+        model: Changed in place, its layers' classes only.
+        policy: What every block keeps for its backward.
+        adapters_ride: Whether adapters lie beside the weights in products; None is what is best on the device.
+
+    Returns:
+        How many layers were fused: all or none; and why not.
+    """
+    layers = list(iter_decoder_layers(model))
+    reasons = collections.Counter(reason for layer in layers if (reason := why_not_fused(layer)) is not None)
+    if not layers:
+        reasons[f"{type(model).__name__} has no decoder layers that are known to fit"] = 1
+    if reasons:
+        return FusionReport(0, dict(reasons))
+    owners: dict[str, WeightOwner] = {}
+    if adapters_ride is None:
+        adapters_ride = next(model.parameters()).device.type == "cuda"
+    for layer in layers:
+        if not isinstance(layer, FusedLayer):
+            layer_class: Any = type(layer)
+            layer.__class__ = _fused_class(layer_class)
+        binding: Any = _Binding(workspace_of(model), owners, policy, adapters_ride)
+        object.__setattr__(layer, "halfbyte_binding", binding)
+    return FusionReport(len(layers), {})
+
+
+def unfuse_layers_(model: PreTrainedModel) -> None:
+    """Give fused layers back the library's class."""
+    for layer in model.modules():
+        if isinstance(layer, FusedLayer):
+            del layer.halfbyte_binding
+            plain: Any = type(layer).__mro__[2]
+            layer.__class__ = plain
+
+
+def set_policy(model: PreTrainedModel, policy: Policy) -> None:
+    """Choose what the fused blocks of a model keep for their backward."""
+    for layer in iter_fused_layers(model):
+        layer.halfbyte_binding.policy = policy
+
+
+def iter_fused_layers(model: PreTrainedModel) -> Iterator[FusedLayer]:
+    """Yield the layers that fused blocks compute."""
+    return (layer for layer in model.modules() if isinstance(layer, FusedLayer))
+
+
+def kept_bytes_per_token(model: PreTrainedModel, policy: Policy, *, itemsize: int) -> int:
+    """Return what the fused blocks of a model keep of each token for their backward."""
+    parts = (_current_parts(layer) for layer in iter_fused_layers(model))
+    return itemsize * sum(part.kept_numbers(policy) for part in parts if part is not None)
+
+
+def iter_decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the layers of the classes that are known, and of those that look like a decoder layer."""
+    for module in model.modules():
+        if isinstance(module, FusedLayer) or type(module).__name__.endswith("DecoderLayer"):
+            yield module
+
+
+def why_not_fused(layer: nn.Module) -> str | None:
+    """Return what keeps a layer from being fused, or None."""
+    name = type(layer).__mro__[2].__name__ if isinstance(layer, FusedLayer) else type(layer).__name__
+    if name not in LAYER_CLASSES:
+        return f"{name} is not among the known layers"
+    children = {child for child, _ in layer.named_children()}
+    if children != CHILDREN:
+        return f"{name} has {', '.join(sorted(children ^ CHILDREN))} more or less than usual"
+    attention: Any = layer.self_attn
+    mlp: Any = layer.mlp
+    norms = _norms_of(layer)
+    if any(norm.weight.requires_grad or not hasattr(norm, "variance_epsilon") for norm in norms):
+        return f"a norm of {name} is trained, or is no RMS norm"
+    if attention.config.hidden_act not in SILU:
+        return f"the MLP's activation is {attention.config.hidden_act}, not SiLU"
+    if not all(hasattr(mlp, child) for child in MLP_PROJECTIONS):
+        return f"the MLP of {name} is a {type(mlp).__name__}"
+    return _why_projections_do_not_fit(_projections_of(layer))
+
+
+def _why_projections_do_not_fit(projections: tuple[nn.Module, ...]) -> str | None:
+    for projection in projections:
+        if not isinstance(projection, (LoraLinear, Linear4bit, nn.Linear)):
+            return f"a projection is a {type(projection).__name__}"
+        if any(p.requires_grad for n, p in projection.named_parameters() if n not in ("lora_A", "lora_B")):
+            return "a projection is trained whole"
+    for start, end in ((0, 3), (4, 6)):
+        if len({p.dropout for p in projections[start:end] if isinstance(p, LoraLinear)}) > 1:
+            return "adapters of one input have different dropouts"
+    return None
+
+
+def _projections_of(layer: Any) -> tuple[nn.Module, ...]:
+    """Return q, k, v, o, gate, up and down."""
+    attention = (getattr(layer.self_attn, name) for name in ATTENTION_PROJECTIONS)
+    return (*attention, *(getattr(layer.mlp, name) for name in MLP_PROJECTIONS))
+
+
+def _norms_of(layer: Any) -> tuple[Any, ...]:
+    """Return both norms of a layer and, where it has them, those of queries and keys."""
+    heads = (getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm"))
+    return (layer.input_layernorm, layer.post_attention_layernorm, *(norm for norm in heads if norm is not None))
+
+
+def _current_parts(layer: Any) -> BlockParts | None:
+    """Return the block's parts, made anew if a module was replaced since; None if the layer fits no more."""
+    binding: _Binding = layer.halfbyte_binding
+    modules = (*_projections_of(layer), *_norms_of(layer))
+    if len(modules) != len(binding.modules) or any(a is not b for a, b in zip(modules, binding.modules, strict=True)):
+        binding.modules = modules
+        binding.parts = None if why_not_fused(layer) else _build_parts(layer, binding)
+    return binding.parts
+
+
+def _build_parts(layer: Any, binding: _Binding) -> BlockParts:
+    projections: Any = _projections_of(layer)
+    q, k, v, o, gate, up, down = projections
+    norms = [Norm(weight_D=norm.weight.detach(), eps=norm.variance_epsilon) for norm in _norms_of(layer)]
+    make = functools.partial(_make_group, binding=binding)
+    head_width = layer.self_attn.head_dim
+    return BlockParts(
+        qkv=make(q, k, v, kind="qkv"),
+        o=make(o, kind="o"),
+        gate_up=make(gate, up, kind="gate_up"),
+        down=make(down, kind="down"),
+        norm1=norms[0],
+        norm2=norms[1],
+        q_norm=norms[2] if len(norms) == 4 else None,
+        k_norm=norms[3] if len(norms) == 4 else None,
+        query_heads=q.out_features // head_width,
+        key_heads=k.out_features // head_width,
+        head_width=head_width,
+        rotates=bool(getattr(layer.self_attn, "use_rope", True)),
+        workspace=binding.workspace,
+    )
+
+
+def _make_group(*layers: Any, kind: str, binding: _Binding) -> ProjectionGroup:
+    return ProjectionGroup(
+        layers,
+        kind=kind,
+        workspace=binding.workspace,
+        owners=binding.owners,
+        adapters_ride=binding.adapters_ride,
+    )
+
+
+def _attend(
+    attention: Any,
+    query_BNLH: torch.Tensor,
+    key_BKLH: torch.Tensor,
+    value_BKLH: torch.Tensor,
+    *,
+    attention_mask: torch.Tensor | None,
+    training: bool,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Call the attention that the model is set to, as the library's layer does."""
+    config = attention.config
+    eager = sys.modules[type(attention).__module__].eager_attention_forward
+    implementation = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+    if hasattr(attention, "sliding_window"):
+        kwargs["sliding_window"] = attention.sliding_window
+    elif type(attention).__name__ == "MistralAttention":
+        kwargs["sliding_window"] = getattr(config, "sliding_window", None)
+    out, _ = implementation(
+        attention,
+        query_BNLH,
+        key_BKLH,
+        value_BKLH,
+        attention_mask,
+        dropout=attention.attention_dropout if training else 0.0,
+        scaling=attention.scaling,
+        **kwargs,
+    )
+    return out
+
+
+def _is_better_unfused(layer: Any, hidden_states: torch.Tensor) -> bool:
+    """Say whether the library's forward is to compute this call."""
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        return True
+    return not torch.is_grad_enabled() and getattr(layer.self_attn.q_proj, "expanded", None) is not None
+
+
+@functools.cache
+def _fused_class(layer_class: Any) -> Any:
+    return type(f"Fused{layer_class.__name__}", (FusedLayer, layer_class), {"__module__": __name__})

@@ -1,0 +1,75 @@
+"""One interface to the two dropouts that a fused block may use for an adapter's input.
+
+On a GPU the mask is a function of a counter, see `counter_dropout`, and kernels that pass over the elements anyway
+apply it. On a CPU a hash of every element would cost more than the rest: there the places of the dropped elements are
+drawn once, see `dropout`, kept, and visited. Without dropout the adapter's input is the input itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from halfbyte.ops.counter_dropout import CounterDropout, drop_copy
+from halfbyte.ops.dropout import apply_dropout, draw_dropout, drop_
+from halfbyte.ops.workspace import Workspace
+
+DROPPED_BUFFER = "dropped_input"
+
+
+@dataclasses.dataclass(slots=True)
+class BlockDropout:
+    """Which elements of one input its adapters do not see in one call, forward and backward."""
+
+    probability: float
+    counter: CounterDropout | None
+    """None on a CPU and without dropout."""
+    positions: torch.Tensor | None = None
+    """On a CPU, once drawn."""
+
+    @property
+    def scale(self) -> float:
+        """1 / (1 - p)."""
+        return 1 / (1 - self.probability)
+
+    def take_copy(self, x: torch.Tensor, workspace: Workspace) -> torch.Tensor | None:
+        """Return the buffer for a kernel to write the dropped copy of `x` to; None where no kernel does."""
+        if self.counter is None:
+            return None
+        return workspace.take(DROPPED_BUFFER, tuple(x.shape), dtype=x.dtype, device=x.device)
+
+    def finish(self, x: torch.Tensor, dropped: torch.Tensor | None, workspace: Workspace) -> torch.Tensor:
+        """Return what the adapters see of `x`, given what a kernel has written."""
+        if dropped is not None:
+            return dropped
+        if not self.probability:
+            return x
+        if self.positions is None:
+            self.positions = draw_dropout(x, probability=self.probability)
+        out = workspace.take(DROPPED_BUFFER, tuple(x.shape), dtype=x.dtype, device=x.device)
+        return apply_dropout(x, self.positions, out=out)
+
+    def copy_of(self, x: torch.Tensor, workspace: Workspace) -> torch.Tensor:
+        """Return what the adapters see of `x`, where nothing passed over it before."""
+        if self.counter is None:
+            return self.finish(x, None, workspace)
+        return drop_copy(
+            x, self.counter, out=workspace.take(DROPPED_BUFFER, tuple(x.shape), dtype=x.dtype, device=x.device)
+        )
+
+    def drop_(self, x: torch.Tensor) -> torch.Tensor:
+        """Set what the adapters did not see to zero, in place, in a contiguous `x`."""
+        if self.counter is not None:
+            return drop_copy(x, self.counter, out=x)
+        return x if self.positions is None else drop_(x, self.positions)
+
+    def drop_unless_done_(self, x: torch.Tensor) -> torch.Tensor:
+        """The same, where a kernel that was given the counter wrote `x`."""
+        return x if self.counter is not None else self.drop_(x)
+
+
+def draw_block_dropout(probability: float, *, by_counter: bool) -> BlockDropout:
+    """Return a dropout for one input of one call."""
+    counter = CounterDropout.draw(probability) if by_counter else None
+    return BlockDropout(probability, counter)
