@@ -117,6 +117,7 @@ class ProjectionGroup:
             y (T, F), a new tensor, and u (T, R), to keep for the backward.
         """
         rank, width = self.rank, self.in_features
+        self.forget_weight()
         weight_FE = self._expand(x_TE.dtype, scale)
         u_TR = self.inner(d_TD)
         if not rank:
