@@ -70,6 +70,7 @@ class Setting:
     dropout: float = 0.05
     optim: str = "paged_adamw_8bit"
     warmup_steps: float = 0.03
+    fused: bool = True
 
 
 class StepTimer(TrainerCallback):
@@ -103,10 +104,11 @@ def rows(device: torch.device) -> Iterator[dict[str, object]]:
     on_gpu = device.type == "cuda"
     setting = Setting(batch=4, seq=1024, steps=8, accumulation=2) if on_gpu else Setting(batch=4, seq=512, steps=4)
     shape = LLAMA_7B if on_gpu else SMOLLM2_135M
-    for checkpointing in (False, True):
+    variants = [(True, False, 0.0), (True, False, 0.05), (True, True, 0.05), (False, False, 0.05), (False, True, 0.05)]
+    for fused, checkpointing, dropout in variants:
         model = build_random_model(shape, device)
         yield {"model": "Llama-7B shape" if on_gpu else "SmolLM2-135M shape"} | measure_speed(
-            model, dataclasses.replace(setting, checkpointing=checkpointing)
+            model, dataclasses.replace(setting, fused=fused, checkpointing=checkpointing, dropout=dropout)
         )
         del model
         gc.collect()
@@ -131,7 +133,7 @@ def measure_speed(model: PreTrainedModel, setting: Setting) -> dict[str, object]
     generator = np.random.default_rng(0)
     blocks = generator.integers(4, vocabulary, (setting.batch * setting.accumulation * setting.steps, setting.seq))
     reset_peak(device)
-    trainer, timer = train(model, blocks, setting)
+    _, timer = train(model, blocks, setting)
     # The first two steps make state, grow buffers and choose kernels.
     steady = timer.seconds[2:] if len(timer.seconds) > 3 else timer.seconds
     tokens = setting.batch * setting.seq * setting.accumulation
@@ -145,7 +147,8 @@ def measure_speed(model: PreTrainedModel, setting: Setting) -> dict[str, object]
         "batch": setting.batch,
         "seq": setting.seq,
         "dropout": setting.dropout,
-        "ckpt": int(trainer.args.checkpointing is True),
+        "fused": setting.fused,
+        "ckpt": int(setting.checkpointing is True),
         "dtype": str(default_compute_dtype(device)).removeprefix("torch."),
         "step_ms": round(1e3 * statistics.median(steady) / setting.accumulation, 1),
         "tok_s": round(tokens / statistics.mean(steady), 1),
@@ -183,7 +186,7 @@ def train(model: PreTrainedModel, blocks: np.ndarray, setting: Setting) -> tuple
             args,
             train_dataset=to_examples(blocks),
             callbacks=[timer],
-            options=TrainerOptions(row_tokens=setting.seq),
+            options=TrainerOptions(row_tokens=setting.seq, fused=setting.fused),
         )
         trainer.train()
     return trainer, timer
@@ -208,6 +211,7 @@ def train_on_blocks(options: argparse.Namespace) -> dict[str, object]:
         steps=options.steps,
         checkpointing=bool(options.ckpt),
         dropout=options.dropout,
+        fused=not options.generic,
     )
     before = measure_blocks(model, held_out)
     reset_peak(device)
@@ -272,6 +276,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps; for random tokens micro-batches")
     parser.add_argument("--ckpt", type=int, choices=(0, 1), default=0, help="compute activations again")
     parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--generic", action="store_true", help="the path for any architecture")
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
     options = parser.parse_args()
     if options.threads:
@@ -288,6 +293,7 @@ def main() -> int:
             accumulation=2,
             checkpointing=bool(options.ckpt),
             dropout=options.dropout,
+            fused=not options.generic,
         )
         result = {"stack": "halfbyte", "load_s": round(loaded.report.seconds, 1)} | measure_speed(loaded.model, setting)
     text = json.dumps(result, indent=1 if options.out else None)

@@ -1,8 +1,9 @@
 """Whether to keep activations for the backward or to compute them again.
 
-Keeping is faster by the forward pass that recomputing costs (28% of a step's arithmetic) and takes memory that no
-formula for all architectures knows. So it is measured: a forward of a few tokens counts the bytes that autograd keeps,
-which grow in proportion to tokens, and the micro-batch at hand decides.
+Keeping is faster by the forward pass that recomputing costs (28% of a step's arithmetic). What it takes is known for
+fused blocks, which have a policy between all and nothing too. No formula knows it for all architectures; there it is
+measured: a forward of a few tokens counts the bytes that autograd keeps, which grow in proportion to tokens. The
+micro-batch at hand decides.
 """
 
 from __future__ import annotations
@@ -15,10 +16,19 @@ from transformers import PreTrainedModel
 
 from halfbyte.data.packing import IGNORE_INDEX
 from halfbyte.device import available_bytes
+from halfbyte.models.fused_layers import kept_bytes_per_token, set_policy
 from halfbyte.models.modes import train_mode
+from halfbyte.models.packed_inputs import compute_dtype_of
+from halfbyte.nn.decoder_block import Policy
 from halfbyte.train.loss import LossPath
 
 PROBE_TOKENS = 64
+# From the fastest, which keeps most.
+POLICY_TEXTS: dict[Policy, str] = {
+    "keep": "all kept",
+    "mlp": "kept but for gate and up, which are computed again",
+    "block": "every block computed again",
+}
 # Gradients and temporaries live beside what is kept, and another program may want memory too.
 TEMPORARY_SHARE = 1.3
 USABLE_SHARE = 0.8
@@ -46,6 +56,38 @@ def choose_checkpointing(
     return on, (
         f"gradient checkpointing: {'on' if on else 'off'}; keeping all activations of {num_tokens} tokens takes about "
         f"{needed / 2**30:.1f} GiB, {usable / 2**30:.1f} GiB are free for it"
+    )
+
+
+def choose_policy_(model: PreTrainedModel, *, wanted: bool | Literal["auto"], num_tokens: int) -> str:
+    """Set what the fused blocks of a model keep, and say what and why.
+
+    Args:
+        model: With fused layers; library checkpointing that is on becomes the policy that recomputes blocks.
+        wanted: False keeps everything, True recomputes every block, "auto" takes the fastest that fits.
+        num_tokens: Tokens of the largest micro-batch.
+    """
+    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in checkpointed:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    if checkpointed or wanted != "auto":
+        policy: Policy = "block" if checkpointed or wanted else "keep"
+        set_policy(model, policy)
+        return f"activations: {POLICY_TEXTS[policy]}, as {'the model has it' if checkpointed else 'set'}"
+    device = next(model.parameters()).device
+    itemsize = compute_dtype_of(model).itemsize
+    usable = free_bytes(device) * USABLE_SHARE
+    needed = 0.0
+    policy = "block"
+    for candidate in POLICY_TEXTS:
+        needed = kept_bytes_per_token(model, candidate, itemsize=itemsize) * num_tokens * TEMPORARY_SHARE
+        if needed <= usable:
+            policy = candidate
+            break
+    set_policy(model, policy)
+    return (
+        f"activations: {POLICY_TEXTS[policy]}; with {num_tokens} tokens that takes about {needed / 2**30:.1f} GiB, "
+        f"{usable / 2**30:.1f} GiB are free for it"
     )
 
 

@@ -68,7 +68,10 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
         processing_class=loaded.tokenizer,
         callbacks=[progress],
         options=TrainerOptions(
-            row_tokens=config.data.max_length if config.data.packing else None, base_model=config.model.path, lora=spec
+            row_tokens=config.data.max_length if config.data.packing else None,
+            base_model=config.model.path,
+            lora=spec,
+            fused=config.train.fused,
         ),
     )
     for line in (*trainer.notes, trainer.describe_plan(), f"writing to {folder}"):

@@ -37,7 +37,17 @@ from halfbyte.train.samples import printable
 
 SHOWN_TOKENS = 160
 # Fields of the train section that are no training arguments of transformers, or go there in another form.
-NOT_ARGUMENTS = {"num_samples", "max_sample_tokens", "resume", "overwrite", "bf16", "fp16", "eval_steps", "save_steps"}
+NOT_ARGUMENTS = {
+    "num_samples",
+    "max_sample_tokens",
+    "resume",
+    "overwrite",
+    "bf16",
+    "fp16",
+    "eval_steps",
+    "save_steps",
+    "fused",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -33,12 +33,13 @@ from halfbyte.data.examples import TokenizedExample
 from halfbyte.device import keep_freed_memory
 from halfbyte.errors import ConfigError
 from halfbyte.models.adapter_files import save_adapter
+from halfbyte.models.fused_layers import fuse_layers_
 from halfbyte.models.packed_inputs import compute_dtype_of, prove_causality, prove_isolation
 from halfbyte.nn import LoraSpec, iter_trainable
 from halfbyte.nn.attach import count_parameters
 from halfbyte.optim import build_optimizer
 from halfbyte.train import checkpoint as files
-from halfbyte.train.activations import choose_checkpointing
+from halfbyte.train.activations import choose_checkpointing, choose_policy_
 from halfbyte.train.arguments import HalfbyteArguments
 from halfbyte.train.batches import (
     BatchOptions,
@@ -66,6 +67,8 @@ class TrainerOptions:
     """Name or folder of the base model, written into the adapter's files; None takes the model's own."""
     lora: LoraSpec | None = None
     """How the adapters were attached, written likewise; None reads it off the model."""
+    fused: bool = True
+    """Let fused blocks compute the decoder layers, where all of them fit."""
 
 
 class HalfbyteTrainer(Trainer):
@@ -133,6 +136,8 @@ class HalfbyteTrainer(Trainer):
         self.meter = Meter(self.model_device)
         self.held_out: HeldOut | None = None
         self.held_out_step = -1
+        fusion = fuse_layers_(model) if options.fused else None
+        self.notes.append("fused blocks: off, as set" if fusion is None else str(fusion))
         self.loss_path = LossPath(model)
         self.notes.append(self.loss_path.note)
         prove = prove_causality if options.row_tokens is None else prove_isolation
@@ -140,9 +145,11 @@ class HalfbyteTrainer(Trainer):
         self.guard: StepGuard | None = None
         self.scaler = LossScaler(self.model_device) if compute_dtype_of(model) == torch.float16 else None
         self._trainable_count, self._total_count = count_parameters(model)
-        on, note = choose_checkpointing(
-            model, self.loss_path, wanted=args.checkpointing, num_tokens=self._largest_batch_tokens()
-        )
+        num_tokens = self._largest_batch_tokens()
+        if fusion is not None and fusion.num_fused:
+            on, note = False, choose_policy_(model, wanted=args.checkpointing, num_tokens=num_tokens)
+        else:
+            on, note = choose_checkpointing(model, self.loss_path, wanted=args.checkpointing, num_tokens=num_tokens)
         args.set_checkpointing(on)
         self.notes.append(note)
 
