@@ -33,6 +33,7 @@ GATES = {
     "lora_linear": ["tests/ops/test_lora_linear.py", "tests/ops/test_linear_4bit.py"],
     "cross_entropy": ["tests/ops/test_cross_entropy.py"],
     "adamw8bit": ["tests/ops/test_adamw8bit.py"],
+    "fused_ops": [f"tests/ops/test_{stem}.py" for stem in ("rms_norm", "rotary", "swiglu", "counter_dropout")],
     "load": ["tests/models"],
     "train": ["tests/train"],
     "generate": ["tests/models/test_generate.py"],

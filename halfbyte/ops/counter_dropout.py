@@ -56,9 +56,7 @@ def keep_mask_reference(
     return ((h ^ h >> 15) >= dropout.threshold).view(shape)
 
 
-def drop_copy(
-    x: torch.Tensor, dropout: CounterDropout, *, out: torch.Tensor, backend: str = "auto"
-) -> torch.Tensor:
+def drop_copy(x: torch.Tensor, dropout: CounterDropout, *, out: torch.Tensor, backend: str = "auto") -> torch.Tensor:
     """Write `x` with the dropped elements set to zero to `out`, and return it.
 
     Args:
@@ -77,9 +75,7 @@ def drop_copy(
     return out
 
 
-def add_dropped_(
-    x: torch.Tensor, y: torch.Tensor, dropout: CounterDropout, *, backend: str = "auto"
-) -> torch.Tensor:
+def add_dropped_(x: torch.Tensor, y: torch.Tensor, dropout: CounterDropout, *, backend: str = "auto") -> torch.Tensor:
     """Add `y` with the dropped elements set to zero to `x`, and return it.
 
     Args:

@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte.ops.counter_dropout import CounterDropout, keep_mask_reference
+from halfbyte.kernels import rms_norm as kernels
+from halfbyte.ops.backend import resolve_backend
+from halfbyte.ops.counter_dropout import CounterDropout, assert_kernel_takes, keep_mask_reference
 
 # T tokens (or tokens times heads), D features
 
@@ -32,6 +34,7 @@ def rms_norm(
     out: torch.Tensor,
     dropped: torch.Tensor | None = None,
     dropout: CounterDropout | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Write the normalised `x` to `out`.
 
@@ -42,11 +45,21 @@ def rms_norm(
         out: Of the shape and dtype of x, strides free but for the features'; may be x itself.
         dropped: If given, also written: `out` with the elements of `dropout` set to zero.
         dropout: Belongs to `dropped`.
+        backend: "auto" (by device), "torch" or "triton".
 
     Returns:
         r, fp32, of the shape of x without the features.
+
+    Raises:
+        BackendError: The backend is unknown or cannot run on the device.
     """
-    return rms_norm_reference(x, weight_D, eps=eps, out=out, dropped=dropped, dropout=dropout)
+    if resolve_backend("rms_norm", backend, x.device) == "torch":
+        return rms_norm_reference(x, weight_D, eps=eps, out=out, dropped=dropped, dropout=dropout)
+    assert_kernel_takes(x, out, dropped)
+    assert dropped is None or dropout is not None
+    r = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    kernels.rms_norm(x, weight_D, eps, r, out, dropped=dropped, dropout=dropout)
+    return r
 
 
 def rms_norm_backward(
@@ -59,6 +72,7 @@ def rms_norm_backward(
     residual: torch.Tensor | None = None,
     grad_adapter: torch.Tensor | None = None,
     dropout: CounterDropout | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Write the gradient of x to `out`, and return it.
 
@@ -69,12 +83,20 @@ def rms_norm_backward(
         r: What the forward returned.
         out: Of the shape of x; may be `grad_y` or `residual`.
         residual: Added: the gradient that reached x past the norm.
-        grad_adapter: Added to grad_y, with the elements of `dropout` set to zero.
+        grad_adapter: Added to grad_y, with the elements of `dropout`, if any, set to zero.
         dropout: Belongs to `grad_adapter`.
+        backend: "auto" (by device), "torch" or "triton".
+
+    Raises:
+        BackendError: The backend is unknown or cannot run on the device.
     """
-    return rms_norm_backward_reference(
-        grad_y, x, weight_D, r, out=out, residual=residual, grad_adapter=grad_adapter, dropout=dropout
-    )
+    terms = {"residual": residual, "grad_adapter": grad_adapter}
+    if resolve_backend("rms_norm_backward", backend, x.device) == "torch":
+        return rms_norm_backward_reference(grad_y, x, weight_D, r, out=out, dropout=dropout, **terms)
+    assert_kernel_takes(x, grad_y, out, *terms.values())
+    assert r.is_contiguous()
+    kernels.rms_norm_backward(grad_y, x, weight_D, r, out, dropout=dropout, **terms)
+    return out
 
 
 def rms_norm_reference(
@@ -110,8 +132,8 @@ def rms_norm_backward_reference(
     """Write the gradient of x to `out`: the definition, in plain torch on any device."""
     grad, wide = grad_y.to(r.dtype), x.to(r.dtype)
     if grad_adapter is not None:
-        assert dropout is not None
-        grad = grad + grad_adapter * keep_mask_reference(x.shape, dropout, device=x.device)
+        keep = 1 if dropout is None else keep_mask_reference(x.shape, dropout, device=x.device)
+        grad = grad + grad_adapter * keep
     weighted = grad * weight_D.to(r.dtype)
     mean = (wide * weighted).mean(-1, keepdim=True)
     grad_x = r[..., None] * (weighted - wide * r[..., None].square() * mean)

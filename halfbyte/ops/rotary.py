@@ -12,10 +12,20 @@ from __future__ import annotations
 
 import torch
 
+from halfbyte.kernels import rotary as kernels
+from halfbyte.ops.backend import resolve_backend
+
 # T tokens, N heads, H head width
 
 
-def rotate_(x_TNH: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor, *, backward: bool = False) -> torch.Tensor:
+def rotate_(
+    x_TNH: torch.Tensor,
+    cos_TH: torch.Tensor,
+    sin_TH: torch.Tensor,
+    *,
+    backward: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
     """Turn every head of `x_TNH` by the angles of its token, in place, and return it.
 
     Args:
@@ -24,8 +34,20 @@ def rotate_(x_TNH: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor, *, 
         cos_TH: (tokens, width), both halves equal, any floating dtype, contiguous.
         sin_TH: As the cosines.
         backward: Turn back instead.
+        backend: "auto" (by device), "torch" or "triton".
+
+    Raises:
+        BackendError: The backend is unknown or cannot run on the device.
     """
-    return rotate_reference_(x_TNH, cos_TH, sin_TH, backward=backward)
+    if resolve_backend("rotate_", backend, x_TNH.device) == "torch":
+        return rotate_reference_(x_TNH, cos_TH, sin_TH, backward=backward)
+    assert x_TNH.stride(2) == 1
+    assert x_TNH.itemsize <= 4
+    assert cos_TH.shape == sin_TH.shape == (x_TNH.shape[0], x_TNH.shape[2])
+    assert cos_TH.is_contiguous()
+    assert sin_TH.is_contiguous()
+    kernels.rotate(x_TNH, cos_TH, sin_TH, backward=backward)
+    return x_TNH
 
 
 def rotate_reference_(

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte.ops.counter_dropout import CounterDropout, keep_mask_reference
+from halfbyte.kernels import swiglu as kernels
+from halfbyte.ops.backend import resolve_backend
+from halfbyte.ops.counter_dropout import CounterDropout, assert_kernel_takes, keep_mask_reference
 
 # T tokens, F feed-forward width, G = 2 F: gate, then up
 
@@ -26,6 +28,7 @@ def swiglu(
     out_TF: torch.Tensor,
     dropped_TF: torch.Tensor | None = None,
     dropout: CounterDropout | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Write the gated product to `out_TF`, and return it.
 
@@ -34,8 +37,18 @@ def swiglu(
         out_TF: (tokens, width), rows of any stride.
         dropped_TF: If given, also written: `out_TF` with the elements of `dropout` set to zero.
         dropout: Belongs to `dropped_TF`.
+        backend: "auto" (by device), "torch" or "triton".
+
+    Raises:
+        BackendError: The backend is unknown or cannot run on the device.
     """
-    return swiglu_reference(gate_up_TG, out_TF=out_TF, dropped_TF=dropped_TF, dropout=dropout)
+    if resolve_backend("swiglu", backend, gate_up_TG.device) == "torch":
+        return swiglu_reference(gate_up_TG, out_TF=out_TF, dropped_TF=dropped_TF, dropout=dropout)
+    assert_kernel_takes(gate_up_TG.chunk(2, dim=1)[0], out_TF, dropped_TF)
+    assert gate_up_TG.is_contiguous()
+    assert dropped_TF is None or dropout is not None
+    kernels.swiglu(gate_up_TG, out_TF, dropped_TF, dropout)
+    return out_TF
 
 
 def swiglu_backward_(
@@ -45,6 +58,7 @@ def swiglu_backward_(
     product_TF: torch.Tensor | None = None,
     grad_adapter_TF: torch.Tensor | None = None,
     dropout: CounterDropout | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Overwrite gate and up with their gradients, and return them.
 
@@ -53,12 +67,21 @@ def swiglu_backward_(
         grad_p_TF: (tokens, width), rows of any stride.
         product_TF: If given, written: the product again, with the elements of `dropout` (if any) set to zero, which
             is the adapter's input. Rows of any stride. May be `grad_adapter_TF`, which is read first.
-        grad_adapter_TF: Added to grad_p, with the elements of `dropout` set to zero.
+        grad_adapter_TF: Added to grad_p, with the elements of `dropout`, if any, set to zero.
         dropout: Of the adapter's input.
+        backend: "auto" (by device), "torch" or "triton".
+
+    Raises:
+        BackendError: The backend is unknown or cannot run on the device.
     """
-    return swiglu_backward_reference_(
-        gate_up_TG, grad_p_TF, product_TF=product_TF, grad_adapter_TF=grad_adapter_TF, dropout=dropout
-    )
+    if resolve_backend("swiglu_backward_", backend, gate_up_TG.device) == "torch":
+        return swiglu_backward_reference_(
+            gate_up_TG, grad_p_TF, product_TF=product_TF, grad_adapter_TF=grad_adapter_TF, dropout=dropout
+        )
+    assert_kernel_takes(gate_up_TG.chunk(2, dim=1)[0], grad_p_TF, product_TF, grad_adapter_TF)
+    assert gate_up_TG.is_contiguous()
+    kernels.swiglu_backward(gate_up_TG, grad_p_TF, product_TF, grad_adapter_TF, dropout)
+    return gate_up_TG
 
 
 def swiglu_reference(
@@ -90,8 +113,7 @@ def swiglu_backward_reference_(
     grad = _widen(grad_p_TF)
     keep = None if dropout is None else keep_mask_reference(grad.shape, dropout, device=grad.device)
     if grad_adapter_TF is not None:
-        assert keep is not None
-        grad = grad + grad_adapter_TF * keep
+        grad = grad + (grad_adapter_TF if keep is None else grad_adapter_TF * keep)
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
     if product_TF is not None:
