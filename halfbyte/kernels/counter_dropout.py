@@ -19,6 +19,8 @@ from typing import Any, Protocol
 
 import torch
 
+from halfbyte.kernels.launch import launch
+
 ELEMENTS_PER_THREAD = 8
 THREADS_PER_WARP = 32
 
@@ -47,20 +49,21 @@ def add_dropped(x: torch.Tensor, y: torch.Tensor, dropout: HashDropout) -> None:
 
 def _launch(x: torch.Tensor, out: torch.Tensor, dropout: HashDropout, *, add: bool) -> None:
     block = columns_per_program(out.shape[1])
-    with torch.cuda.device_of(out):
-        _kernel()[(out.shape[0] * -(-out.shape[1] // block),)](
-            x,
-            out,
-            x.stride(0),
-            out.stride(0),
-            *seed_and_threshold(dropout),
-            KEEP=keep_function(),
-            ADD=add,
-            WIDTH=out.shape[1],
-            BLOCK=block,
-            ALIGNMENT=math.gcd(x.stride(0), out.stride(0), 16),
-            num_warps=block // (ELEMENTS_PER_THREAD * THREADS_PER_WARP),
-        )
+    launch(
+        _kernel(),
+        out.shape[0] * -(-out.shape[1] // block),
+        x,
+        out,
+        x.stride(0),
+        out.stride(0),
+        *seed_and_threshold(dropout),
+        KEEP=keep_function(),
+        ADD=add,
+        WIDTH=out.shape[1],
+        BLOCK=block,
+        ALIGNMENT=math.gcd(x.stride(0), out.stride(0), 16),
+        num_warps=block // (ELEMENTS_PER_THREAD * THREADS_PER_WARP),
+    )
 
 
 def columns_per_program(width: int) -> int:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import torch
 
+from halfbyte.kernels.launch import launch as launch_kernel
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DequantizeLaunch:
@@ -66,32 +68,31 @@ def dequantize_4bit(
         rows = "blocks" if width % block_size == 0 else "elements"
     # Pairs "rounded" to fp32 are not rounded.
     lookup = "pairs" if launch.lookup == "rounded" and table.dtype == torch.float32 else launch.lookup
-    kernel = _kernel()
-    with torch.cuda.device_of(out):
-        kernel[(-(-num_blocks // blocks_per_program),)](
-            packed,
-            scales.absmax,
-            scales.absmax if scales.scale is None else scales.scale,
-            scales.absmax if scales.offset is None else scales.offset,
-            scales.dynamic_map,
-            table if lookup == "codes" else table.view(-1).view(_WORD[table.dtype]),
-            out,
-            num_blocks,
-            packed.numel(),
-            out.numel(),
-            width,
-            row_stride,
-            LOOKUP=lookup,
-            ROWS=rows,
-            DOUBLE_QUANT=scales.scale is not None,
-            PARTIAL=out.numel() % block_size != 0,
-            BLOCK_SIZE=block_size,
-            BLOCKS=blocks_per_program,
-            BYTES_PER_THREAD=8 // out.itemsize,
-            ALIGNMENT=math.gcd(row_stride, 16),
-            num_warps=launch.num_warps,
-            enable_fp_fusion=False,
-        )
+    launch_kernel(
+        _kernel(),
+        -(-num_blocks // blocks_per_program),
+        packed,
+        scales.absmax,
+        scales.absmax if scales.scale is None else scales.scale,
+        scales.absmax if scales.offset is None else scales.offset,
+        scales.dynamic_map,
+        table if lookup == "codes" else table.view(-1).view(_WORD[table.dtype]),
+        out,
+        num_blocks,
+        packed.numel(),
+        out.numel(),
+        width,
+        row_stride,
+        LOOKUP=lookup,
+        ROWS=rows,
+        DOUBLE_QUANT=scales.scale is not None,
+        PARTIAL=out.numel() % block_size != 0,
+        BLOCK_SIZE=block_size,
+        BLOCKS=blocks_per_program,
+        BYTES_PER_THREAD=8 // out.itemsize,
+        ALIGNMENT=math.gcd(row_stride, 16),
+        num_warps=launch.num_warps,
+    )
 
 
 _WORD = {torch.float32: torch.int64, torch.bfloat16: torch.int32, torch.float16: torch.int32}

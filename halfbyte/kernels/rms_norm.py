@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from halfbyte.kernels.counter_dropout import HashDropout, keep_function, seed_and_threshold
+from halfbyte.kernels.launch import launch
 
 MAX_BLOCK = 16384
 # What a program takes of rows wider than that, at a time.
@@ -39,24 +40,25 @@ def rms_norm(
     """Write `r`, contiguous, and the normalised `x`; arguments as those of the op."""
     strides = _strides(x, out, out if dropped is None else dropped)
     shape = _tile(x)
-    with torch.cuda.device_of(x):
-        _forward_kernel()[(-(-r.numel() // shape["ROWS"]),)](
-            x,
-            weight_D,
-            r,
-            out,
-            out if dropped is None else dropped,
-            *strides,
-            r.numel(),
-            eps,
-            *seed_and_threshold(dropout),
-            OFFSET=_offset_function(),
-            STORE=_store_function(),
-            KEEP=keep_function(),
-            DROPPED=dropped is not None,
-            ALIGNMENT=math.gcd(*strides, 16),
-            **shape,
-        )
+    launch(
+        _forward_kernel(),
+        -(-r.numel() // shape["ROWS"]),
+        x,
+        weight_D,
+        r,
+        out,
+        out if dropped is None else dropped,
+        *strides,
+        r.numel(),
+        eps,
+        *seed_and_threshold(dropout),
+        OFFSET=_offset_function(),
+        STORE=_store_function(),
+        KEEP=keep_function(),
+        DROPPED=dropped is not None,
+        ALIGNMENT=math.gcd(*strides, 16),
+        **shape,
+    )
 
 
 def rms_norm_backward(
@@ -74,24 +76,25 @@ def rms_norm_backward(
     tensors = grad_y, x, out, out if residual is None else residual, out if grad_adapter is None else grad_adapter
     strides = _strides(*tensors)
     shape = _tile(x)
-    with torch.cuda.device_of(x):
-        _backward_kernel()[(-(-r.numel() // shape["ROWS"]),)](
-            *tensors,
-            weight_D,
-            r,
-            *strides,
-            r.numel(),
-            *seed_and_threshold(dropout),
-            OFFSET=_offset_function(),
-            LOAD=_load_function(),
-            STORE=_store_gradient_function(),
-            KEEP=keep_function(),
-            RESIDUAL=residual is not None,
-            ADAPTER=grad_adapter is not None,
-            DROPOUT=dropout is not None,
-            ALIGNMENT=math.gcd(*strides, 16),
-            **shape,
-        )
+    launch(
+        _backward_kernel(),
+        -(-r.numel() // shape["ROWS"]),
+        *tensors,
+        weight_D,
+        r,
+        *strides,
+        r.numel(),
+        *seed_and_threshold(dropout),
+        OFFSET=_offset_function(),
+        LOAD=_load_function(),
+        STORE=_store_gradient_function(),
+        KEEP=keep_function(),
+        RESIDUAL=residual is not None,
+        ADAPTER=grad_adapter is not None,
+        DROPOUT=dropout is not None,
+        ALIGNMENT=math.gcd(*strides, 16),
+        **shape,
+    )
 
 
 def _strides(*tensors: torch.Tensor) -> tuple[int, ...]:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from halfbyte.kernels.launch import launch
+
 HEADS_PER_PROGRAM = 8
 # By 128 threads, eight neighbours each.
 PLACES_PER_PROGRAM = 1024
@@ -27,23 +29,24 @@ def rotate(x_TNH: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor, *, b
     half_block = 1 << (width // 2 - 1).bit_length()
     tokens = max(1, PLACES_PER_PROGRAM // half_block)
     heads = min(num_heads, HEADS_PER_PROGRAM)
-    with torch.cuda.device_of(x_TNH):
-        _kernel()[(-(-num_tokens // tokens) * -(-num_heads // heads),)](
-            x_TNH,
-            cos_TH,
-            sin_TH,
-            x_TNH.stride(0),
-            x_TNH.stride(1),
-            num_tokens,
-            BACKWARD=backward,
-            NUM_HEADS=num_heads,
-            HALF=width // 2,
-            TOKENS=tokens,
-            HEADS=heads,
-            BLOCK=half_block,
-            ALIGNMENT=math.gcd(x_TNH.stride(0), x_TNH.stride(1), width // 2, 16),
-            num_warps=4,
-        )
+    launch(
+        _kernel(),
+        -(-num_tokens // tokens) * -(-num_heads // heads),
+        x_TNH,
+        cos_TH,
+        sin_TH,
+        x_TNH.stride(0),
+        x_TNH.stride(1),
+        num_tokens,
+        BACKWARD=backward,
+        NUM_HEADS=num_heads,
+        HALF=width // 2,
+        TOKENS=tokens,
+        HEADS=heads,
+        BLOCK=half_block,
+        ALIGNMENT=math.gcd(x_TNH.stride(0), x_TNH.stride(1), width // 2, 16),
+        num_warps=4,
+    )
 
 
 @functools.cache

@@ -23,6 +23,7 @@ from halfbyte.kernels.counter_dropout import (
     keep_function,
     seed_and_threshold,
 )
+from halfbyte.kernels.launch import launch
 
 # T tokens, F feed-forward width, G = 2 F: gate, then up
 
@@ -34,21 +35,22 @@ def swiglu(
     dropped = out_TF if dropped_TF is None else dropped_TF
     width = out_TF.shape[1]
     block = columns_per_program(width)
-    with torch.cuda.device_of(out_TF):
-        _forward_kernel()[(out_TF.shape[0] * -(-width // block),)](
-            gate_up_TG,
-            out_TF,
-            dropped,
-            out_TF.stride(0),
-            dropped.stride(0),
-            *seed_and_threshold(dropout),
-            KEEP=keep_function(),
-            DROPPED=dropped_TF is not None,
-            WIDTH=width,
-            BLOCK=block,
-            ALIGNMENT=math.gcd(width, out_TF.stride(0), dropped.stride(0), 16),
-            num_warps=block // (ELEMENTS_PER_THREAD * THREADS_PER_WARP),
-        )
+    launch(
+        _forward_kernel(),
+        out_TF.shape[0] * -(-width // block),
+        gate_up_TG,
+        out_TF,
+        dropped,
+        out_TF.stride(0),
+        dropped.stride(0),
+        *seed_and_threshold(dropout),
+        KEEP=keep_function(),
+        DROPPED=dropped_TF is not None,
+        WIDTH=width,
+        BLOCK=block,
+        ALIGNMENT=math.gcd(width, out_TF.stride(0), dropped.stride(0), 16),
+        num_warps=block // (ELEMENTS_PER_THREAD * THREADS_PER_WARP),
+    )
 
 
 def swiglu_backward(
@@ -64,23 +66,24 @@ def swiglu_backward(
     strides = grad_p_TF.stride(0), product.stride(0), adapter.stride(0)
     width = grad_p_TF.shape[1]
     block = columns_per_program(width)
-    with torch.cuda.device_of(gate_up_TG):
-        _backward_kernel()[(gate_up_TG.shape[0] * -(-width // block),)](
-            gate_up_TG,
-            grad_p_TF,
-            product,
-            adapter,
-            *strides,
-            *seed_and_threshold(dropout),
-            KEEP=keep_function(),
-            PRODUCT=product_TF is not None,
-            ADAPTER=grad_adapter_TF is not None,
-            DROPOUT=dropout is not None,
-            WIDTH=width,
-            BLOCK=block,
-            ALIGNMENT=math.gcd(width, *strides, 16),
-            num_warps=block // (ELEMENTS_PER_THREAD * THREADS_PER_WARP),
-        )
+    launch(
+        _backward_kernel(),
+        gate_up_TG.shape[0] * -(-width // block),
+        gate_up_TG,
+        grad_p_TF,
+        product,
+        adapter,
+        *strides,
+        *seed_and_threshold(dropout),
+        KEEP=keep_function(),
+        PRODUCT=product_TF is not None,
+        ADAPTER=grad_adapter_TF is not None,
+        DROPOUT=dropout is not None,
+        WIDTH=width,
+        BLOCK=block,
+        ALIGNMENT=math.gcd(width, *strides, 16),
+        num_warps=block // (ELEMENTS_PER_THREAD * THREADS_PER_WARP),
+    )
 
 
 @functools.cache

@@ -281,7 +281,7 @@ def _mlp_forward(h_TD: torch.Tensor, call: BlockCall, *, for_backward: bool = Fa
     swiglu(gate_up_TG, out_TF=p_TF, dropped_TF=dropped_TF, dropout=dropout.counter)
     d_TF = dropout.finish(p_TF, dropped_TF, workspace)
     if for_backward:
-        u_down_TR = parts.down.inner(d_TF)
+        u_down_TR = parts.down.inner(d_TF, scale=dropout.scale)
         return MlpState(h_TD, r_T, u_gate_up_TR, gate_up_TG, u_down_TR), h_TD
     y_TD, u_down_TR = parts.down.forward(p_TE, d_TF, scale=call.dropouts[3].scale)
     return MlpState(h_TD, r_T, u_gate_up_TR, gate_up_TG, u_down_TR), y_TD.add_(h_TD)
@@ -301,7 +301,7 @@ def _mlp_backward(grad_y_TD: torch.Tensor, state: MlpState, call: BlockCall) -> 
         d_TF = workspace.take("product", tuple(grad_p_TF.shape), dtype=grad_p_TF.dtype, device=grad_p_TF.device)
     swiglu_backward_(gate_up_TG, grad_p_TF, product_TF=d_TF, grad_adapter_TF=adapter_TF, dropout=dropout.counter)
     dropout.drop_unless_done_(d_TF)
-    down_grads = parts.down.backward_adapters(grad_y_TD, grad_u_TR, d_TF, state.u_down_TR, scale=dropout.scale)
+    down_grads = parts.down.backward_adapters(grad_y_TD, grad_u_TR, d_TF, state.u_down_TR)
     grad_h_TD, grads = _norm_backward(
         gate_up_TG, state.h_TD, state.r_T, state.u_gate_up_TR, grad_y_TD, call, norm=parts.norm2, index=2
     )
@@ -316,7 +316,7 @@ def _attention_backward(
     dropout = call.dropouts[1]
     grad_out_TA, grad_u_TR, _ = parts.o.backward_input(grad_h_TD, dropout, in_parts=False)
     d_TA = dropout.copy_of(state.out_TA.detach(), workspace)
-    o_grads = parts.o.backward_adapters(grad_h_TD, grad_u_TR, d_TA, state.u_o_TR, scale=dropout.scale)
+    o_grads = parts.o.backward_adapters(grad_h_TD, grad_u_TR, d_TA, state.u_o_TR)
     grads = torch.autograd.grad(state.out_TA, state.inputs, grad_out_TA.contiguous())
     grad_qkv_TSH = torch.empty_like(state.qkv_TSH)
     ends = (0, parts.query_heads, parts.query_heads + parts.key_heads, grad_qkv_TSH.shape[1])
@@ -358,7 +358,7 @@ def _norm_backward(
     grads: list[torch.Tensor] = []
     if group.rank:
         _, _, d_TD = _normed_input(x_TD, norm, group, dropout, call.parts.workspace)
-        grads = group.backward_adapters(grad_TF, grad_u_TR, d_TD, u_TR, scale=dropout.scale)
+        grads = group.backward_adapters(grad_TF, grad_u_TR, d_TD, u_TR)
     grad_x_TD = torch.empty_like(x_TD)
     rms_norm_backward(
         grad_n_TD,

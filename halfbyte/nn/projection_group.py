@@ -1,17 +1,17 @@
 """The projections that share an input, as one product, with their adapters along for the ride.
 
-    y = [x, u] [W, s B]'        u = d A'        d = dropout(x)
+    y = [x, u] [W, B]'        u = s d A'        d = dropout(x)
 
 W stacks the frozen weights of the group, (F, D); A stacks its adapters' A, (R, D); B holds each adapter's B in the
 rows of its projection and the columns of its rank, (F, R). So one product gives queries, keys and values with their
 adapters, summed in fp32 and rounded once: an adapter's part that is small beside the base's is not rounded away.
 Backward:
 
-    [grad_base, grad_u] = grad_y [W, s B]        grad_A = grad_u' d        grad_B = s grad_y' u
-    grad_x = grad_base + dropout(grad_u A)
+    [grad_base, g] = grad_y [W, B]        grad_A = s g' d        grad_B = grad_y' u
+    grad_x = grad_base + dropout(s g A)
 
-Where adapters ride (on a GPU), W and s B lie side by side in one buffer, as x and u do. On a CPU, where products want
-matrices without gaps, u (s B)' is computed first and the large product is added to it, which rounds once as well.
+Where adapters ride (on a GPU), W and B lie side by side in one buffer, as x and u do. On a CPU, where products want
+matrices without gaps, u B' is computed first and the large product is added to it, which rounds once as well.
 
 s includes 1 / (1 - p). W is expanded into a buffer that all groups of one kind share. A backward that recomputes
 expands a weight once, for the recomputation and the gradient.
@@ -55,6 +55,44 @@ class _Member:
     ranks: slice
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Stacks:
+    """The adapters that take part, in the compute dtype."""
+
+    members: tuple[_Member, ...]
+    A_RD: torch.Tensor
+    B_FR: torch.Tensor
+    """Without the scaling, where all adapters have the same."""
+    scaling: float
+    """What B lacks."""
+
+    @classmethod
+    def empty(cls, group: ProjectionGroup, members: tuple[_Member, ...], dtype: torch.dtype) -> _Stacks:
+        scalings = {member.layer.scaling for member in members}
+        rank, device = group.padded_rank, group.device
+        return cls(
+            members=members,
+            A_RD=torch.zeros(rank, group.in_features, dtype=dtype, device=device),
+            B_FR=torch.zeros(group.out_features, rank, dtype=dtype, device=device),
+            scaling=scalings.pop() if len(scalings) == 1 else 1.0,
+        )
+
+    def fill(self) -> None:
+        """Cast the adapters anew, in one launch; what is no adapter's stays zero."""
+        if not self.members:
+            return
+        targets = [self.A_RD[m.ranks] for m in self.members] + [self.B_FR[m.rows, m.ranks] for m in self.members]
+        sources = [m.layer.lora_A.detach() for m in self.members] + [m.layer.lora_B.detach() for m in self.members]
+        torch._foreach_copy_(targets, sources)
+        if not self.has_common_scaling:
+            for member in self.members:
+                self.B_FR[member.rows, member.ranks] *= member.layer.scaling
+
+    @property
+    def has_common_scaling(self) -> bool:
+        return len({member.layer.scaling for member in self.members}) == 1
+
+
 class ProjectionGroup:
     """Projections of one input."""
 
@@ -82,6 +120,7 @@ class ProjectionGroup:
         self.adapters_ride = adapters_ride
         self._owner = owners.setdefault(kind, WeightOwner())
         self._all_members = self._place_members()
+        self._stacks: _Stacks | None = None
         dropouts = {member.layer.dropout for member in self._all_members}
         assert len(dropouts) <= 1, f"adapters of {kind} drop differently: {dropouts}"
         self.dropout = dropouts.pop() if dropouts else 0.0
@@ -114,27 +153,29 @@ class ProjectionGroup:
             scale: 1 / (1 - p) where there was dropout, else 1.
 
         Returns:
-            y (T, F), a new tensor, and u (T, R), to keep for the backward.
+            y (T, F), a new tensor, and s u (T, R), to keep for the backward.
         """
-        rank, width = self.rank, self.in_features
+        width = self.in_features
+        stacks = self._stack(x_TE.dtype, fill=True)
         self.forget_weight()
-        weight_FE = self._expand(x_TE.dtype, scale)
-        u_TR = self.inner(d_TD)
-        if not rank:
+        weight_FE = self._expand(stacks)
+        u_TR = (d_TD @ stacks.A_RD.T).mul_(stacks.scaling * scale)
+        if self.adapters_ride:
+            if stacks.members:
+                x_TE[:, width:] = u_TR
             y_TF = x_TE @ weight_FE.T
-        elif self.adapters_ride:
-            x_TE[:, width : width + rank] = u_TR
-            x_TE[:, width + rank :] = 0
-            y_TF = x_TE @ weight_FE.T
-        else:
-            y_TF = u_TR @ self._stack_B(x_TE.dtype, scale).T
+        elif stacks.members:
+            y_TF = u_TR @ stacks.B_FR.T
             y_TF.addmm_(x_TE, weight_FE.T)
+        else:
+            y_TF = x_TE @ weight_FE.T
         self._add_bias_(y_TF)
         return y_TF, u_TR
 
-    def inner(self, d_TD: torch.Tensor) -> torch.Tensor:
-        """Return u alone."""
-        return d_TD @ self._stack_A(d_TD.dtype).T if self.rank else d_TD.new_empty(d_TD.shape[0], 0)
+    def inner(self, d_TD: torch.Tensor, *, scale: float) -> torch.Tensor:
+        """Return s u alone."""
+        stacks = self._stack(d_TD.dtype, fill=True)
+        return (d_TD @ stacks.A_RD.T).mul_(stacks.scaling * scale)
 
     def backward_input(
         self, grad_y_TF: torch.Tensor, dropout: BlockDropout, *, in_parts: bool
@@ -151,7 +192,8 @@ class ProjectionGroup:
             Otherwise: grad_x, grad_u, None. The first and the last are buffers that the next call overwrites.
         """
         dtype, device, width = grad_y_TF.dtype, grad_y_TF.device, self.in_features
-        weight_FE = self._expand(dtype, dropout.scale)
+        stacks = self._stack(dtype, fill=True)
+        weight_FE, factor = self._expand(stacks), stacks.scaling * dropout.scale
         num_tokens = grad_y_TF.shape[0]
         adapter_TD = self.workspace.take("group_grad_adapter", (num_tokens, width), dtype=dtype, device=device)
         if not self.rank:
@@ -161,26 +203,28 @@ class ProjectionGroup:
             shape = (num_tokens, weight_FE.shape[1])
             grad_TE = self.workspace.take("group_grad", shape, dtype=dtype, device=device)
             torch.mm(grad_y_TF, weight_FE, out=grad_TE)
-            grad_u_TR = grad_TE[:, width : width + self.rank].contiguous()
-            torch.mm(grad_u_TR, self._stack_A(dtype), out=adapter_TD)
+            grad_u_TR = grad_TE[:, width:] * factor
+            torch.mm(grad_u_TR, stacks.A_RD, out=adapter_TD)
             return grad_TE[:, :width], grad_u_TR, adapter_TD
-        grad_u_TR = grad_y_TF @ self._stack_B(dtype, dropout.scale)
-        torch.mm(grad_u_TR, self._stack_A(dtype), out=adapter_TD)
+        grad_u_TR = (grad_y_TF @ stacks.B_FR).mul_(factor)
+        torch.mm(grad_u_TR, stacks.A_RD, out=adapter_TD)
         # The small part first: added to a large one that is already rounded, it would be rounded away.
         dropout.drop_(adapter_TD)
         return adapter_TD.addmm_(grad_y_TF, weight_FE[:, :width]), grad_u_TR, None
 
     def backward_adapters(
-        self, grad_y_TF: torch.Tensor, grad_u_TR: torch.Tensor, d_TD: torch.Tensor, u_TR: torch.Tensor, *, scale: float
+        self, grad_y_TF: torch.Tensor, grad_u_TR: torch.Tensor, d_TD: torch.Tensor, u_TR: torch.Tensor
     ) -> list[torch.Tensor]:
-        """Return the gradients of `parameters`."""
+        """Return the gradients of `parameters`; `u_TR` is what the forward returned."""
         if not self.rank:
             return []
         grads = []
+        stacks = self._stack(d_TD.dtype, fill=False)
         grad_A_RD = product_in(torch.promote_types(d_TD.dtype, torch.float32), grad_u_TR.T, d_TD)
-        for member in self.members:
-            u = u_TR[:, member.ranks]
-            grad_B = product_in(grad_A_RD.dtype, grad_y_TF[:, member.rows].T, u).mul_(member.layer.scaling * scale)
+        for member in stacks.members:
+            grad_B = product_in(grad_A_RD.dtype, grad_y_TF[:, member.rows].T, u_TR[:, member.ranks])
+            if not stacks.has_common_scaling:
+                grad_B *= member.layer.scaling
             grads += [grad_A_RD[member.ranks], grad_B]
         return grads
 
@@ -198,30 +242,29 @@ class ProjectionGroup:
             row += layer.out_features
         return tuple(members)
 
+    @property
+    def padded_rank(self) -> int:
+        """Rows of the stacked A: ranks, and as many more as keep a buffer's rows aligned where adapters ride."""
+        return -(-self.rank // COLUMN_MULTIPLE) * COLUMN_MULTIPLE if self.adapters_ride else self.rank
+
     def _spare_columns(self) -> int:
-        return -(-self.rank // COLUMN_MULTIPLE) * COLUMN_MULTIPLE if self.adapters_ride else 0
+        return self.padded_rank if self.adapters_ride else 0
 
-    def _stack_A(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return A; rows of an adapter that does not take part are zero."""
-        stacked_RD = torch.zeros(self.rank, self.in_features, dtype=dtype, device=self._device)
-        for member in self.members:
-            stacked_RD[member.ranks] = member.layer.lora_A.detach()
-        return stacked_RD
+    def _stack(self, dtype: torch.dtype, *, fill: bool) -> _Stacks:
+        """Return the stacked adapters: as they are now, or as the call before has left them."""
+        members, stacks = self.members, self._stacks
+        if stacks is None or stacks.members != members or stacks.A_RD.dtype != dtype:
+            self._stacks = stacks = _Stacks.empty(self, members, dtype)
+            fill = True
+        if fill:
+            stacks.fill()
+        return stacks
 
-    def _stack_B(self, dtype: torch.dtype, scale: float) -> torch.Tensor:
-        stacked_FR = torch.zeros(self.out_features, self.rank, dtype=dtype, device=self._device)
-        self._write_B(stacked_FR, scale)
-        return stacked_FR
-
-    def _write_B(self, target_FR: torch.Tensor, scale: float) -> None:
-        for member in self.members:
-            target_FR[member.rows, member.ranks] = member.layer.lora_B.detach() * (member.layer.scaling * scale)
-
-    def _expand(self, dtype: torch.dtype, scale: float) -> torch.Tensor:
-        """Return W, and s B beside it where it rides."""
-        width, spare = self.in_features, self._spare_columns()
-        shape = (self.out_features, width + spare)
-        weight_FE = self.workspace.take(f"weight_{self.kind}", shape, dtype=dtype, device=self._device)
+    def _expand(self, stacks: _Stacks) -> torch.Tensor:
+        """Return W, and B beside it where it rides."""
+        width, dtype = self.in_features, stacks.A_RD.dtype
+        shape = (self.out_features, width + self._spare_columns())
+        weight_FE = self.workspace.take(f"weight_{self.kind}", shape, dtype=dtype, device=stacks.A_RD.device)
         if self._owner.group is self:
             return weight_FE
         row = 0
@@ -233,9 +276,8 @@ class ProjectionGroup:
             else:
                 target.copy_(base.weight.detach())
             row += layer.out_features
-        if spare:
-            weight_FE[:, width:] = 0
-            self._write_B(weight_FE[:, width:], scale)
+        if self._spare_columns():
+            weight_FE[:, width:] = stacks.B_FR
         self._owner.group = self
         return weight_FE
 
@@ -249,7 +291,8 @@ class ProjectionGroup:
             row += layer.out_features
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where the frozen weights are."""
         layer = self.layers[0]
         base = layer.base if isinstance(layer, LoraLinear) else layer
         return base.packed.device if isinstance(base, Linear4bit) else base.weight.device

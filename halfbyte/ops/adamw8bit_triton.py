@@ -83,6 +83,8 @@ class TritonStepper:
             aligned=places.aligned,
         )
         kernels.adamw8bit(self.tables, self.moments, self.codes, inputs)
+        # The kernel writes by address, which autograd and whoever keeps a cast of a parameter cannot see.
+        torch.autograd.graph.increment_version(list(params))
 
     def read_steps(self) -> list[int]:
         return self.tables.steps[self.tables.row].tolist()
