@@ -9,6 +9,7 @@ falls back silently.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -44,12 +45,17 @@ def _why_not_torch(device: torch.device) -> str | None:
 
 
 def _why_not_triton(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "the package triton is not installed; install it, or pass backend='torch'"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not (device.type == "cpu" and interpreted):
         return "its kernels need an NVIDIA GPU; pass backend='torch'"
     return None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 _WHY_NOT: dict[str, Callable[[torch.device], str | None]] = {"torch": _why_not_torch, "triton": _why_not_triton}

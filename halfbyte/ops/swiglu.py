@@ -8,6 +8,8 @@ g and u lie side by side in one matrix, as one product wrote them. p is never ke
 the way, for the adapter's gradients, and writes grad_g and grad_u over g and u. The arithmetic is fp32 with one
 rounding each. p may go to a buffer with wider rows, and a second copy of it with dropout is the adapter's input.
 
+On a CPU the backward goes through a matrix in chunks of rows that stay in the cores' caches.
+
 Source: Shazeer, GLU variants, arXiv 2002.05202.
 """
 
@@ -18,6 +20,7 @@ import torch
 from halfbyte.kernels import swiglu as kernels
 from halfbyte.ops.backend import resolve_backend
 from halfbyte.ops.counter_dropout import CounterDropout, assert_kernel_takes, keep_mask_reference
+from halfbyte.ops.row_chunks import is_chunked_on_cpu, row_chunks
 
 # T tokens, F feed-forward width, G = 2 F: gate, then up
 
@@ -75,6 +78,8 @@ def swiglu_backward_(
         BackendError: The backend is unknown or cannot run on the device.
     """
     if resolve_backend("swiglu_backward_", backend, gate_up_TG.device) == "torch":
+        if is_chunked_on_cpu(gate_up_TG) and grad_adapter_TF is None and dropout is None:
+            return _swiglu_backward_cpu_(gate_up_TG, grad_p_TF, product_TF)
         return swiglu_backward_reference_(
             gate_up_TG, grad_p_TF, product_TF=product_TF, grad_adapter_TF=grad_adapter_TF, dropout=dropout
         )
@@ -125,3 +130,17 @@ def swiglu_backward_reference_(
 
 def _widen(t: torch.Tensor) -> torch.Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _swiglu_backward_cpu_(
+    gate_up_TG: torch.Tensor, grad_p_TF: torch.Tensor, product_TF: torch.Tensor | None
+) -> torch.Tensor:
+    for gate_up, grad_p, *product in row_chunks(gate_up_TG, grad_p_TF, *([] if product_TF is None else [product_TF])):
+        gate, up = gate_up.chunk(2, dim=1)
+        wide, grad = gate.float(), grad_p.float()
+        silu = torch.nn.functional.silu(wide)
+        for target in product:
+            target.copy_(silu * up)
+        gate.copy_(torch.ops.aten.silu_backward(grad * up, wide))
+        up.copy_(silu.mul_(grad))
+    return gate_up_TG
