@@ -22,17 +22,30 @@ FrozenWeight = QuantizedTensor | torch.Tensor
 WEIGHT_BUFFER = "expanded_weight"
 
 
-def expand_weight(weight: FrozenWeight, *, dtype: torch.dtype, workspace: Workspace) -> torch.Tensor:
+def expand_weight(
+    weight: FrozenWeight, *, dtype: torch.dtype, workspace: Workspace, spare_columns: int = 0
+) -> torch.Tensor:
     """Return a frozen weight in the compute dtype.
 
     Args:
         weight: (out_features, in_features), in 4 bits or plain.
         dtype: The compute dtype.
-        workspace: Owns the buffer that is written to unless the weight is plain and of that dtype.
+        workspace: Owns the buffer that is written to unless the weight is plain, of that dtype, and alone.
+        spare_columns: Room beside the weight, for the caller to fill.
 
     Returns:
         A tensor to use before the next expansion in the same workspace, and not to keep.
     """
+    if spare_columns:
+        shape = (weight.shape[0], weight.shape[1] + spare_columns)
+        device = weight.device
+        wide_FE = workspace.take(WEIGHT_BUFFER, shape, dtype=dtype, device=device)
+        target_FD = wide_FE[:, : weight.shape[1]]
+        if isinstance(weight, torch.Tensor):
+            target_FD.copy_(weight.detach())
+        else:
+            dequantize_4bit(weight, out=target_FD, workspace=workspace)
+        return wide_FE
     if isinstance(weight, torch.Tensor):
         if weight.dtype == dtype:
             return weight.detach()

@@ -12,9 +12,10 @@ Kept for the backward: x, u (tokens x rank, so grad_B needs no second pass over 
 masters by reference. Never W in 16 bits, see `expand_weight`, and never d: it is written again into a reused buffer.
 
 The adapter's part is small beside the base's: after the first steps less than half of what 16 bits can tell apart.
-So it is computed first, and the large product is added to it inside that product's own fp32 sums; one rounding of the
-whole then keeps it on average. Added to a base output that is already rounded, it would be rounded away again. The
-gradient of the input is treated alike, and neither way needs a temporary of activation size.
+Added to a base output that is already rounded it would be rounded away; one rounding of the whole keeps it on average.
+On a CPU it is computed first, and the large product is added to it inside that product's own fp32 sums. A GPU's
+products round before they add; there u and s B lie beside x and W, so that one product sums both. The gradient of the
+input is treated alike; where dropout parts its two shares on a GPU, they meet in fp32.
 
 s / (1 - p) is one factor, applied to the small matrices.
 
@@ -41,7 +42,10 @@ from halfbyte.ops.matvec_4bit import fits, matvec_4bit
 from halfbyte.ops.workspace import Workspace
 from halfbyte.quant.tensor import QuantizedTensor
 
-# T tokens, D in_features, F out_features, R rank
+# T tokens, D in_features, F out_features, R rank, E = D and spare columns
+
+# Spare columns come in this many, so that rows of the buffers stay aligned.
+SPARE_MULTIPLE = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,9 +159,44 @@ class _Frozen:
         """Return y and (1 - p) u."""
         dtype = x_TD.dtype
         u_TR = self.drop(x_TD, dropped) @ lora_A.to(dtype).T
+        if rides(x_TD):
+            return self.riding_product(x_TD, u_TR, lora_B, bias), u_TR
         y_TF = u_TR @ (lora_B * self.factor).to(dtype).T
         y_TF.addmm_(x_TD, self.expand(dtype).T)
         return y_TF if bias is None else y_TF.add_(bias.to(dtype)), u_TR
+
+    def riding_product(
+        self, x_TD: torch.Tensor, u_TR: torch.Tensor, lora_B: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return [x, u] [W, s B]' + b, summed in one product."""
+        dtype, (num_tokens, width), rank = x_TD.dtype, x_TD.shape, u_TR.shape[1]
+        spare = -(-rank // SPARE_MULTIPLE) * SPARE_MULTIPLE
+        shape = (num_tokens, width + spare)
+        x_TE = self.workspace.take("lora_input", shape, dtype=dtype, device=x_TD.device)
+        weight_FE = expand_weight(self.weight, dtype=dtype, workspace=self.workspace, spare_columns=spare)
+        for buffer, left, right in ((x_TE, x_TD, u_TR), (weight_FE, None, lora_B * self.factor)):
+            if left is not None:
+                buffer[:, :width] = left
+            buffer[:, width : width + rank] = right
+            buffer[:, width + rank :] = 0
+        return torch.nn.functional.linear(x_TE, weight_FE, None if bias is None else bias.to(dtype))
+
+    def input_gradient(
+        self, grad_y_TF: torch.Tensor, grad_u_TR: torch.Tensor, lora_A: torch.Tensor, dropped: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return grad_y W + dropout(grad_u A) s / (1 - p), rounded once."""
+        dtype = grad_y_TF.dtype
+        small_TD = grad_u_TR @ (lora_A * self.factor).to(dtype)
+        if dropped is not None:
+            drop_(small_TD, dropped)
+        if rides(grad_y_TF):
+            return torch.mm(grad_y_TF, self.expand(dtype), out_dtype=torch.float32).add_(small_TD).to(dtype)
+        return small_TD.addmm_(grad_y_TF, self.expand(dtype))
+
+
+def rides(x: torch.Tensor) -> bool:
+    """Say whether products of `x` round before they add to a matrix that is there."""
+    return x.is_cuda and x.itemsize == 2
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -191,10 +230,7 @@ class _LoraLinear(torch.autograd.Function):
         if need_A:
             grad_A = product_in(lora_A.dtype, grad_u_TR.T, frozen.drop(x_TD, dropped)).mul_(frozen.factor)
         if need_x:
-            grad_x = grad_u_TR @ (lora_A * frozen.factor).to(dtype)
-            if dropped is not None:
-                drop_(grad_x, dropped)
-            grad_x.addmm_(grad_y_TF, frozen.expand(dtype))
+            grad_x = frozen.input_gradient(grad_y_TF, grad_u_TR, lora_A, dropped)
         if need_bias:
             grad_bias = grad_y_TF.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return grad_x, grad_A, grad_B, grad_bias, None

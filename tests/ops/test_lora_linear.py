@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import halfbyte.ops.lora_linear as lora_module
 from halfbyte.ops.dropout import apply_dropout, draw_dropout
 from halfbyte.ops.lora_linear import LoraOptions, lora_linear, lora_linear_reference
 from halfbyte.ops.workspace import Workspace
@@ -112,6 +113,18 @@ def test_lora_linear_does_not_round_a_small_adapter_away(device: str) -> None:
     for added, exact in ((y - base_y, x.double() @ both.T), (grad_x - base_grad_x, grad_y.double() @ both)):
         share_kept = ((added * exact).sum() / (exact * exact).sum()).item()
         assert share_kept == pytest.approx(1, abs=0.1)
+
+
+def test_lora_linear_with_its_adapter_beside_the_weight_gives_the_same() -> None:
+    # What a GPU does in 16 bits.
+    for dtype in (torch.float32, torch.bfloat16):
+        case = make_case(9, 64, 48, dtype=dtype)
+        frozen = lora_module._Frozen(weight=case.q, options=PLAIN, workspace=case.workspace)
+        x, lora_A, lora_B, bias = case.doubled()
+        with torch.no_grad():
+            y = frozen.riding_product(case.x, case.x @ case.lora_A.to(dtype).T, case.lora_B, case.bias)
+        expected = lora_linear_reference(x, case.q, bias, lora_A, lora_B, options=PLAIN)
+        assert_close("y", expected, y, dtype=dtype, roundings=4, reduction_length=64)
 
 
 def test_lora_linear_saves_no_weight() -> None:
