@@ -26,8 +26,8 @@ class DequantizeLaunch:
 
     The first reads one cache line, twice a byte. "rounded" halves the table of pairs but rounds twice.
     """
-    elements_per_program: int = 8192
-    num_warps: int = 8
+    elements_per_program: int = 2048
+    num_warps: int = 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

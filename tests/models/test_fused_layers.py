@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from halfbyte.models.attention import PACKED_ATTENTION, register_packed_attention
-from halfbyte.models.fused_layers import FusedLayer, fuse_layers_, unfuse_layers_
+from halfbyte.models.fused_layers import FusedLayer, fuse_layers_, kept_bytes_per_token, unfuse_layers_
 from halfbyte.models.packed_inputs import build_forward_inputs
 from halfbyte.nn import LoraSpec, adapters_disabled, attach_adapters, quantize_linears_
 from halfbyte.quant import QuantSpec
@@ -188,3 +188,25 @@ def test_a_norm_that_is_trained_is_not_fused() -> None:
 def test_fused_layers_agree_with_the_library_on_a_gpu(family: str, policy: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     assert_agree(make_model(family, device="cuda"), make_batch("cuda"), policy=policy)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_what_a_block_keeps_is_what_it_says(family: str, policy: str) -> None:
+    model = make_model(family)
+    fuse_layers_(model, policy=policy)
+    inputs = build_forward_inputs(model, make_batch())
+    hidden = torch.randn(1, sum(LENGTHS), 64, requires_grad=True)
+    angles = model.model.rotary_emb(hidden, inputs.pop("position_ids"))
+    del inputs["input_ids"]
+    y = model.model.layers[0](hidden, position_embeddings=angles, **inputs)
+    node = y.grad_fn.next_functions[0][0]
+    states = () if node.states is None else node.states
+    found = [getattr(state, name) for state in states for name in state.__slots__]
+    found += [part for value in found if isinstance(value, tuple) for part in value]
+    # A vector of r, ranks of u and attention's own sums are narrow, and not counted.
+    wide = [
+        t for t in (*found, node.saved_tensors[0]) if isinstance(t, torch.Tensor) and t.numel() > 16 * len(hidden[0])
+    ]
+    kept_bytes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in wide}
+    assert sum(kept_bytes.values()) == kept_bytes_per_token(model, policy, itemsize=4) // 2 * sum(LENGTHS)

@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halfbyte.train.activations import PROBE_TOKENS, choose_checkpointing, free_bytes, measure_kept_bytes
+from halfbyte.models.fused_layers import fuse_layers_, iter_fused_layers, kept_bytes_per_token
+from halfbyte.train.activations import (
+    PROBE_TOKENS,
+    choose_checkpointing,
+    choose_policy_,
+    free_bytes,
+    measure_kept_bytes,
+)
 from halfbyte.train.loss import LossPath
 from tests.train.runs import build_model
 
@@ -49,3 +56,29 @@ def test_choose_checkpointing_weighs_the_batch_against_memory() -> None:
     on, note = choose_checkpointing(model, path, wanted="auto", num_tokens=too_many)
     assert on
     assert "GiB are free for it" in note
+
+
+def test_choose_policy_does_as_told_or_takes_over_what_the_model_has() -> None:
+    model = build_model()
+    fuse_layers_(model)
+    for wanted, policy in ((True, "block"), (False, "keep")):
+        assert "as set" in choose_policy_(model, wanted=wanted, num_tokens=1)
+        assert {layer.halfbyte_binding.policy for layer in iter_fused_layers(model)} == {policy}
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    assert "as the model has it" in choose_policy_(model, wanted="auto", num_tokens=1)
+    assert {layer.halfbyte_binding.policy for layer in iter_fused_layers(model)} == {"block"}
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def test_choose_policy_keeps_what_fits() -> None:
+    model = build_model()
+    fuse_layers_(model)
+    room = free_bytes(torch.device("cpu")) * 0.8 / 1.3
+    chosen = []
+    for policy in ("keep", "mlp", "block"):
+        num_tokens = int(0.9 * room / kept_bytes_per_token(model, policy, itemsize=4))
+        note = choose_policy_(model, wanted="auto", num_tokens=num_tokens)
+        chosen += {layer.halfbyte_binding.policy for layer in iter_fused_layers(model)}
+        assert "GiB are free for it" in note
+    assert chosen == ["keep", "mlp", "block"]
