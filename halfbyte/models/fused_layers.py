@@ -100,7 +100,7 @@ class FusedLayer:
             )
         layer: Any = self
         attention = layer.self_attn
-        attend = functools.partial(_attend, attention, attention_mask=attention_mask, training=layer.training, **kwargs)
+        attend = functools.partial(_attend, attention, attention_mask=attention_mask, **kwargs)
         assert position_embeddings is not None
         cos_BLH, sin_BLH = position_embeddings
         return decoder_block(
@@ -191,6 +191,8 @@ def why_not_fused(layer: nn.Module) -> str | None:
         return f"a norm of {name} is trained, or is no RMS norm"
     if attention.config.hidden_act not in SILU:
         return f"the MLP's activation is {attention.config.hidden_act}, not SiLU"
+    if attention.attention_dropout:
+        return "attention weights are dropped in training, which computing a block again would not repeat"
     if not all(hasattr(mlp, child) for child in MLP_PROJECTIONS):
         return f"the MLP of {name} is a {type(mlp).__name__}"
     return _why_projections_do_not_fit(_projections_of(layer))
@@ -270,7 +272,6 @@ def _attend(
     value_BKLH: torch.Tensor,
     *,
     attention_mask: torch.Tensor | None,
-    training: bool,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Call the attention that the model is set to, as the library's layer does."""
@@ -287,7 +288,7 @@ def _attend(
         key_BKLH,
         value_BKLH,
         attention_mask,
-        dropout=attention.attention_dropout if training else 0.0,
+        dropout=0.0,
         scaling=attention.scaling,
         **kwargs,
     )

@@ -103,7 +103,7 @@ class BlockCall:
 
 @dataclasses.dataclass(slots=True)
 class AttentionState:
-    """What the attention half keeps; None where it is computed again."""
+    """What the attention half keeps."""
 
     x_TD: torch.Tensor
     r_T: torch.Tensor
@@ -119,12 +119,13 @@ class AttentionState:
 
 @dataclasses.dataclass(slots=True)
 class MlpState:
-    """What the MLP half keeps; None where it is computed again."""
+    """What the MLP half keeps."""
 
     h_TD: torch.Tensor
     r_T: torch.Tensor
     u_gate_up_TR: torch.Tensor
     gate_up_TG: torch.Tensor | None
+    """None where it is computed again."""
     u_down_TR: torch.Tensor
 
 
@@ -192,6 +193,7 @@ class _DecoderBlock(torch.autograd.Function):
         call, x_TD = ctx.call, ctx.saved_tensors[0]
         for group in call.parts.groups:
             group.forget_weight()
+        # None by policy, or because this is not the first backward of a graph that was retained.
         if ctx.states is None:
             attention, h_TD = _attention_forward(x_TD, call, record=True)
             mlp = _mlp_forward(h_TD, call, for_backward=True)[0]

@@ -182,6 +182,21 @@ def test_a_norm_that_is_trained_is_not_fused() -> None:
     assert "norm" in str(fuse_layers_(model))
 
 
+def test_attention_weights_that_are_dropped_are_not_fused() -> None:
+    assert "attention weights" in str(fuse_layers_(make_model("llama", attention_dropout=0.1)))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_fused_layer_goes_back_twice_where_the_graph_is_retained(policy: str) -> None:
+    model = make_model("llama", dropout=0.3)
+    fuse_layers_(model, policy=policy)
+    hidden = model.model(**build_forward_inputs(model, make_batch())).last_hidden_state
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    first = torch.autograd.grad(hidden.sin().sum(), parameters, retain_graph=True)
+    for once, again in zip(first, torch.autograd.grad(hidden.sin().sum(), parameters), strict=True):
+        torch.testing.assert_close(again, once)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("family", FAMILIES)
