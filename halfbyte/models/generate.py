@@ -23,6 +23,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.device import available_bytes
 from halfbyte.errors import ConfigError
+from halfbyte.models.fused_layers import fuse_layers_, iter_fused_layers, unfuse_layers_
 from halfbyte.models.modes import eval_mode
 from halfbyte.nn import expanded_for_inference, expanded_nbytes
 
@@ -176,8 +177,20 @@ def inference_state(model: PreTrainedModel) -> Iterator[None]:
     affordable = _device(model).type == "cpu" and expanded_nbytes(model) < available_bytes() // 2
     expanded = expanded_for_inference(model) if affordable else contextlib.nullcontext()
     # no_grad, not inference_mode: scratch buffers that grow in here are written again in training.
-    with eval_mode(model), torch.no_grad(), expanded:
+    with eval_mode(model), torch.no_grad(), expanded, _fused(model):
         yield
+
+
+@contextlib.contextmanager
+def _fused(model: PreTrainedModel) -> Iterator[None]:
+    """Let fused layers decode, where all of a model's layers fit."""
+    if any(True for _ in iter_fused_layers(model)) or not fuse_layers_(model).num_fused:
+        yield
+        return
+    try:
+        yield
+    finally:
+        unfuse_layers_(model)
 
 
 def _device(model: PreTrainedModel) -> torch.device:
