@@ -136,7 +136,9 @@ def _attend(
 
 
 def _norm(x: torch.Tensor, norm: Any) -> torch.Tensor:
-    return functional.rms_norm(x, x.shape[-1:], None, norm.variance_epsilon) * norm.weight
+    # For one token torch's own norm takes three times as long, in a dozen calls of its own.
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.shape[-1])
+    return (x * mean_square.add_(norm.variance_epsilon).rsqrt_()).mul_(norm.weight).to(x.dtype)
 
 
 def _product_dtype(projection: Any, x: torch.Tensor) -> torch.dtype:
