@@ -156,8 +156,9 @@ def _rms_norm_backward_cpu(
     weight_D = weight_D.float()
     residuals = (None,) * x_TD.shape[0] if residual_TD is None else residual_TD.split(chunk_rows(x_TD))
     for (grad, x, out, r), residual in zip(row_chunks(grad_TD, x_TD, out_TD, r_T), residuals, strict=False):
-        wide, weighted, r1 = x.float(), grad * weight_D, r[:, None]
+        # Widened first: arithmetic on two dtypes takes twice as long.
+        wide, weighted, r1 = x.float(), grad.float() * weight_D, r[:, None]
         share = torch.linalg.vecdot(wide, weighted, dim=1)[:, None].mul_(r1.pow(3)).div_(x.shape[1])
         weighted.mul_(r1).addcmul_(wide, share, value=-1)
-        out.copy_(weighted if residual is None else weighted.add_(residual))
+        out.copy_(weighted if residual is None else weighted.add_(residual.float()))
     return out_TD

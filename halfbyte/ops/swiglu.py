@@ -8,7 +8,7 @@ g and u lie side by side in one matrix, as one product wrote them. p is never ke
 the way, for the adapter's gradients, and writes grad_g and grad_u over g and u. The arithmetic is fp32 with one
 rounding each. p may go to a buffer with wider rows, and a second copy of it with dropout is the adapter's input.
 
-On a CPU the backward goes through a matrix in chunks of rows that stay in the cores' caches.
+On a CPU a matrix passes through in chunks of rows that stay in the cores' caches.
 
 Source: Shazeer, GLU variants, arXiv 2002.05202.
 """
@@ -46,6 +46,8 @@ def swiglu(
         BackendError: The backend is unknown or cannot run on the device.
     """
     if resolve_backend("swiglu", backend, gate_up_TG.device) == "torch":
+        if is_chunked_on_cpu(gate_up_TG) and dropped_TF is None:
+            return _swiglu_cpu(gate_up_TG, out_TF)
         return swiglu_reference(gate_up_TG, out_TF=out_TF, dropped_TF=dropped_TF, dropout=dropout)
     assert_kernel_takes(gate_up_TG.chunk(2, dim=1)[0], out_TF, dropped_TF)
     assert gate_up_TG.is_contiguous()
@@ -132,15 +134,27 @@ def _widen(t: torch.Tensor) -> torch.Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
+def _swiglu_cpu(gate_up_TG: torch.Tensor, out_TF: torch.Tensor) -> torch.Tensor:
+    for gate_up, out in row_chunks(gate_up_TG, out_TF):
+        gate, up = gate_up.chunk(2, dim=1)
+        # Widened first: arithmetic on two dtypes takes twice as long.
+        out.copy_(torch.nn.functional.silu(gate.float()).mul_(up.float()))
+    return out_TF
+
+
 def _swiglu_backward_cpu_(
     gate_up_TG: torch.Tensor, grad_p_TF: torch.Tensor, product_TF: torch.Tensor | None
 ) -> torch.Tensor:
-    for gate_up, grad_p, *product in row_chunks(gate_up_TG, grad_p_TF, *([] if product_TF is None else [product_TF])):
+    others = (grad_p_TF,) if product_TF is None else (grad_p_TF, product_TF)
+    for gate_up, grad_p, *product in row_chunks(gate_up_TG, *others):
         gate, up = gate_up.chunk(2, dim=1)
-        wide, grad = gate.float(), grad_p.float()
-        silu = torch.nn.functional.silu(wide)
+        wide_gate, wide_up, grad = gate.float(), up.float(), grad_p.float()
+        # One exponential serves both, where silu and its own backward take one each.
+        sigmoid = torch.sigmoid(wide_gate)
+        silu = wide_gate * sigmoid
+        slope = (sigmoid + silu).sub_(sigmoid.mul_(silu))
         for target in product:
-            target.copy_(silu * up)
-        gate.copy_(torch.ops.aten.silu_backward(grad * up, wide))
+            target.copy_(silu * wide_up)
+        gate.copy_(slope.mul_(wide_up).mul_(grad))
         up.copy_(silu.mul_(grad))
     return gate_up_TG
