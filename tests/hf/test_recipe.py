@@ -111,7 +111,8 @@ def test_sft_trainer_saves_the_adapter_where_scripts_save_the_model(
     trainer.model.save_pretrained(tmp_path / "saved")
     again = PeftModel.from_pretrained(load(model_folder), tmp_path / "saved")
     ids = torch.arange(5, 15)[None]
-    assert torch.equal(again.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+    # The trained model's layers are fused, the loaded one's are not: another order of summation.
+    torch.testing.assert_close(again.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
     with again.disable_adapter():
         assert not torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
 

@@ -180,4 +180,5 @@ def test_adapter_of_a_run_loads_on_its_base(model_folder: Path, data_file: Path,
     load_adapter(fresh, tmp_path / "out")
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
-        assert torch.equal(fresh(input_ids=ids).logits, result.model(input_ids=ids).logits)
+        # The trained model's layers are fused, the fresh one's are not: another order of summation.
+        torch.testing.assert_close(fresh(input_ids=ids).logits, result.model(input_ids=ids).logits)
