@@ -115,7 +115,10 @@ def test_describe_machine_is_readable() -> None:
     assert ("no GPU" in str(machine)) == (not torch.cuda.is_available())
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts anonymous memory, which only Linux tells")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(),
+    reason="anonymous memory apart from mapped files is told by Linux only; the next tests cover the other way",
+)
 def test_resident_bytes_follows_what_is_held_and_leaves_mapped_files_out(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(SIZE))

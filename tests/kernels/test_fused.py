@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.interpreted import assert_passes_interpreted
 
 
 def test_fused_kernels_are_right_under_the_interpreter() -> None:
-    file = Path(__file__).with_name("interpreted_fused.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=file.parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "173 passed" in done.stdout
+    assert_passes_interpreted(Path(__file__).with_name("interpreted_fused.py"), num_tests=173)

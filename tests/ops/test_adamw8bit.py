@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +27,7 @@ from halfbyte.ops.adamw8bit import (
 )
 from halfbyte.ops.adamw8bit_torch import CHUNK_NUMEL, TorchStepper, make_chunks
 from halfbyte.quant.codebooks import dynamic_map
+from tests.interpreted import assert_passes_interpreted
 from tests.ops.adamw8bit_cases import assert_right, assert_same_bits, last, take_steps
 from tests.oracles import UNIT_ROUNDOFF, assert_close
 
@@ -133,17 +132,7 @@ def test_adamw_step_torch_cuts_large_tensors(state_bits: int) -> None:
 
 @pytest.mark.slow
 def test_adamw_step_interpreted_kernel_is_right() -> None:
-    file = Path(__file__).with_name("interpreted_adamw8bit.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=file.parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "8 passed" in done.stdout
+    assert_passes_interpreted(Path(__file__).with_name("interpreted_adamw8bit.py"), num_tests=8)
 
 
 @settings(deadline=None, max_examples=100)

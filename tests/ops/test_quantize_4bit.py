@@ -223,7 +223,7 @@ def test_quantize_4bit_on_a_gpu_decides_at_the_thresholds_as_the_reference() -> 
 @pytest.mark.gpu
 def test_quantize_4bit_on_a_gpu_addresses_more_than_32_bits() -> None:
     if torch.cuda.get_device_properties(0).total_memory < 24 * 2**30:
-        pytest.skip("needs a GPU of 24 GiB")
+        pytest.skip("needs a GPU of 24 GiB: 2^31 numbers in 16 bits are 4 GiB, and they are held three times")
     pattern = torch.randn(1 << 20, device="cuda", dtype=torch.bfloat16)
     weight = pattern.repeat((1 << 11) + 2)
     expected = quantize_4bit(pattern, QuantSpec(double_quant=False))
