@@ -13,7 +13,8 @@ import torch
 
 from benchmarks.bench_dequantize_4bit import copy_row
 from benchmarks.measure import num_buffer_sets, time_on_cpu, time_on_gpu
-from halfbyte.ops.counter_dropout import CounterDropout, add_dropped_, drop_copy
+from halfbyte.ops.adapter_inner import adapter_inner
+from halfbyte.ops.counter_dropout import CounterDropout, drop_copy
 from halfbyte.ops.rms_norm import rms_norm, rms_norm_backward
 from halfbyte.ops.rotary import rotate_
 from halfbyte.ops.swiglu import swiglu, swiglu_backward_
@@ -37,7 +38,7 @@ def rows(device: torch.device) -> Iterator[Row]:
         dtype = torch.bfloat16
         weight = torch.ones(width, dtype=dtype, device=device)
         r = torch.ones(num_tokens, device=device)
-        for case in (*norm_cases(weight, r), *dropout_cases()):
+        for case in (*norm_cases(weight, r), *dropout_cases(), *adapter_cases(width, device)):
             yield measure(case, (num_tokens, width), dtype, device)
         for case in swiglu_cases():
             yield measure(case, (num_tokens, ff_width), dtype, device)
@@ -46,11 +47,12 @@ def rows(device: torch.device) -> Iterator[Row]:
 
 
 def norm_cases(weight: torch.Tensor, r: torch.Tensor) -> Iterator[Case]:
+    yield "rms_norm of a sum", 3, 4, lambda b: rms_norm(b[0], weight, eps=1e-5, out=b[1], addend_=b[2])
     for dropout in (None, DROPOUT):
         name = "" if dropout is None else " dropout"
 
         def forward(b: list[torch.Tensor], dropout: CounterDropout | None = dropout) -> object:
-            return rms_norm(b[0], weight, eps=1e-5, out=b[1], dropped=b[2] if dropout else None, dropout=dropout)
+            return rms_norm(b[0], weight, eps=1e-5, out=b[1], dropout=dropout)
 
         def backward(b: list[torch.Tensor], dropout: CounterDropout | None = dropout) -> object:
             apart = b[4] if dropout else None
@@ -58,28 +60,35 @@ def norm_cases(weight: torch.Tensor, r: torch.Tensor) -> Iterator[Case]:
                 b[0], b[1], weight, r, out=b[2], residual=b[3], grad_adapter=apart, dropout=dropout
             )
 
-        yield "rms_norm" + name, 3 if dropout else 2, 3 if dropout else 2, forward
+        yield "rms_norm" + name, 2, 2, forward
         yield "rms_norm_backward" + name, 5 if dropout else 4, 5 if dropout else 4, backward
 
 
 def dropout_cases() -> Iterator[Case]:
     yield "drop_copy", 2, 2, lambda b: drop_copy(b[0], DROPOUT, out=b[1])
-    yield "add_dropped_", 2, 3, lambda b: add_dropped_(b[0], b[1], DROPOUT)
+
+
+def adapter_cases(width: int, device: torch.device) -> Iterator[Case]:
+    for ranks in (16, 48):
+        A = torch.randn(ranks, width, dtype=torch.bfloat16, device=device)
+        for dropout in (None, DROPOUT):
+
+            def inner(b: list[torch.Tensor], A: torch.Tensor = A, dropout: CounterDropout | None = dropout) -> object:
+                return adapter_inner(b[0], A, scale=2.0, dropout=dropout)
+
+            yield f"adapter_inner rank {ranks}" + (" dropout" if dropout else ""), 1, 1, inner
 
 
 def swiglu_cases() -> Iterator[Case]:
     """Yield cases whose first two buffers are gate and up, in one."""
+    yield "swiglu", 3, 3, lambda b: swiglu(b[0], out_TF=b[1])
     for dropout in (None, DROPOUT):
         name = "" if dropout is None else " dropout"
-
-        def forward(b: list[torch.Tensor], dropout: CounterDropout | None = dropout) -> object:
-            return swiglu(b[0], out_TF=b[1], dropped_TF=b[2] if dropout else None, dropout=dropout)
 
         def backward(b: list[torch.Tensor], dropout: CounterDropout | None = dropout) -> object:
             apart = b[2] if dropout else None
             return swiglu_backward_(b[0], b[1], product_TF=b[2], grad_adapter_TF=apart, dropout=dropout)
 
-        yield "swiglu" + name, 4 if dropout else 3, 4 if dropout else 3, forward
         yield "swiglu_backward_" + name, 4, 7 if dropout else 6, backward
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from halfbyte.kernels.counter_dropout import HashDropout, keep_function, seed_and_threshold
+from halfbyte.kernels.counter_dropout import HashDropout, dropout_arguments, keep_function
 from halfbyte.kernels.launch import launch
 
 MAX_BLOCK = 16384
@@ -34,11 +34,12 @@ def rms_norm(
     r: torch.Tensor,
     out: torch.Tensor,
     *,
-    dropped: torch.Tensor | None,
+    addend_: torch.Tensor | None,
     dropout: HashDropout | None,
 ) -> None:
     """Write `r`, contiguous, and the normalised `x`; arguments as those of the op."""
-    strides = _strides(x, out, out if dropped is None else dropped)
+    addend = x if addend_ is None else addend_
+    strides = _strides(x, out, addend)
     shape = _tile(x)
     launch(
         _forward_kernel(),
@@ -47,15 +48,17 @@ def rms_norm(
         weight_D,
         r,
         out,
-        out if dropped is None else dropped,
+        addend,
         *strides,
         r.numel(),
         eps,
-        *seed_and_threshold(dropout),
+        *dropout_arguments(dropout, x),
         OFFSET=_offset_function(),
+        LOAD=_load_sum_function(),
         STORE=_store_function(),
         KEEP=keep_function(),
-        DROPPED=dropped is not None,
+        ADD=addend_ is not None,
+        DROPOUT=dropout is not None,
         ALIGNMENT=math.gcd(*strides, 16),
         **shape,
     )
@@ -84,7 +87,7 @@ def rms_norm_backward(
         r,
         *strides,
         r.numel(),
-        *seed_and_threshold(dropout),
+        *dropout_arguments(dropout, x),
         OFFSET=_offset_function(),
         LOAD=_load_function(),
         STORE=_store_gradient_function(),
@@ -132,23 +135,42 @@ def _offset_function() -> Any:
 
 
 @functools.cache
+def _load_sum_function() -> Any:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _load_sum(column, in_range, x_ptr, addend_ptr, ADD: tl.constexpr, WIDTH: tl.constexpr):
+        """Return a chunk of x plus addend, rounded as it is stored."""
+        mask = in_range & (column < WIDTH)
+        x = tl.load(x_ptr + column, mask=mask, other=0).to(tl.float32)
+        if ADD:
+            x += tl.load(addend_ptr + column, mask=mask, other=0).to(tl.float32)
+            x = x.to(addend_ptr.dtype.element_ty).to(tl.float32)
+        return x
+
+    return _load_sum
+
+
+@functools.cache
 def _store_function() -> Any:
     import triton
     import triton.language as tl
 
     @triton.jit
     def _store(
-        x, r, column, in_range, place, weight_ptr, out_ptr, dropped_ptr, seed, threshold,
-        KEEP: tl.constexpr, DROPPED: tl.constexpr, WIDTH: tl.constexpr,
+        x, r, column, in_range, place, weight_ptr, out_ptr, addend_ptr, base_ptr, has_base, seed, threshold,
+        KEEP: tl.constexpr, ADD: tl.constexpr, DROPOUT: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
-        """Store a chunk of normalised rows."""
+        """Store a chunk of normalised rows, and of the sum."""
+        mask = in_range & (column < WIDTH)
+        if ADD:
+            tl.store(addend_ptr + column, x.to(addend_ptr.dtype.element_ty), mask=mask)
         weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0).to(tl.float32)
         y = x * r * weight
-        mask = in_range & (column < WIDTH)
+        if DROPOUT:
+            y = tl.where(KEEP(place + column.to(tl.uint32), base_ptr, has_base, seed, threshold), y, 0.0)
         tl.store(out_ptr + column, y.to(out_ptr.dtype.element_ty), mask=mask)
-        if DROPPED:
-            y = tl.where(KEEP(place + column.to(tl.uint32), seed, threshold), y, 0.0)
-            tl.store(dropped_ptr + column, y.to(dropped_ptr.dtype.element_ty), mask=mask)
 
     return _store
 
@@ -158,13 +180,15 @@ def _forward_kernel() -> Any:
     import triton
     import triton.language as tl
 
-    strides = ["x_token", "x_head", "out_token", "out_head", "dropped_token", "dropped_head"]
+    strides = ["x_token", "x_head", "out_token", "out_head", "addend_token", "addend_head"]
 
-    @triton.jit(do_not_specialize=[*strides, "num_rows", "seed", "threshold"])
+    @triton.jit(do_not_specialize=[*strides, "num_rows", "has_base", "seed", "threshold"])
     def _rms_norm_kernel(
-        x_ptr, weight_ptr, r_ptr, out_ptr, dropped_ptr,
-        x_token, x_head, out_token, out_head, dropped_token, dropped_head, num_rows, eps, seed, threshold,
-        OFFSET: tl.constexpr, STORE: tl.constexpr, KEEP: tl.constexpr, DROPPED: tl.constexpr,
+        x_ptr, weight_ptr, r_ptr, out_ptr, addend_ptr,
+        x_token, x_head, out_token, out_head, addend_token, addend_head, num_rows, eps,
+        base_ptr, has_base, seed, threshold,
+        OFFSET: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr, KEEP: tl.constexpr,
+        ADD: tl.constexpr, DROPOUT: tl.constexpr,
         ALIGNMENT: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         # Addresses: 64 bits for the rows, 32-bit offsets inside them.
@@ -173,16 +197,15 @@ def _forward_kernel() -> Any:
         place = (row * WIDTH).to(tl.uint32)[:, None]
         x_row = x_ptr + OFFSET(row, x_token, x_head, HEADS, ALIGNMENT)
         out_row = out_ptr + OFFSET(row, out_token, out_head, HEADS, ALIGNMENT)
-        dropped_row = dropped_ptr + OFFSET(row, dropped_token, dropped_head, HEADS, ALIGNMENT)
+        addend_row = addend_ptr + OFFSET(row, addend_token, addend_head, HEADS, ALIGNMENT)
 
         column = tl.arange(0, BLOCK)[None, :]
-        x = tl.load(x_row + column, mask=in_range & (column < WIDTH), other=0).to(tl.float32)
+        x = LOAD(column, in_range, x_row, addend_row, ADD, WIDTH)
         total = tl.sum(x * x, axis=1)
         if WIDTH > BLOCK:
             start = BLOCK
             while start < WIDTH:
-                later = start + column
-                more = tl.load(x_row + later, mask=in_range & (later < WIDTH), other=0).to(tl.float32)
+                more = LOAD(start + column, in_range, x_row, addend_row, ADD, WIDTH)
                 total += tl.sum(more * more, axis=1)
                 start += BLOCK
         r = tl.rsqrt(total / WIDTH + eps)
@@ -190,16 +213,17 @@ def _forward_kernel() -> Any:
 
         r = r[:, None]
         STORE(
-            x, r, column, in_range, place, weight_ptr, out_row, dropped_row, seed, threshold, KEEP, DROPPED, WIDTH
+            x, r, column, in_range, place, weight_ptr, out_row, addend_row, base_ptr, has_base, seed, threshold,
+            KEEP, ADD, DROPOUT, WIDTH,
         )  # fmt: skip
         if WIDTH > BLOCK:
             start = BLOCK
             while start < WIDTH:
-                later = start + column
-                more = tl.load(x_row + later, mask=in_range & (later < WIDTH), other=0).to(tl.float32)
+                # The sum of a chunk is stored after its last read: it may overwrite the addend.
+                more = LOAD(start + column, in_range, x_row, addend_row, ADD, WIDTH)
                 STORE(
-                    more, r, later, in_range, place, weight_ptr, out_row, dropped_row, seed, threshold,
-                    KEEP, DROPPED, WIDTH,
+                    more, r, start + column, in_range, place, weight_ptr, out_row, addend_row,
+                    base_ptr, has_base, seed, threshold, KEEP, ADD, DROPOUT, WIDTH,
                 )  # fmt: skip
                 start += BLOCK
 
@@ -213,7 +237,7 @@ def _load_function() -> Any:
 
     @triton.jit
     def _load(
-        column, in_range, place, weight_ptr, x_ptr, grad_ptr, adapter_ptr, seed, threshold,
+        column, in_range, place, weight_ptr, x_ptr, grad_ptr, adapter_ptr, base_ptr, has_base, seed, threshold,
         KEEP: tl.constexpr, ADAPTER: tl.constexpr, DROPOUT: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
         """Return a chunk of x, and of grad_y times the weight."""
@@ -223,7 +247,8 @@ def _load_function() -> Any:
         if ADAPTER:
             adapter = tl.load(adapter_ptr + column, mask=mask, other=0).to(tl.float32)
             if DROPOUT:
-                adapter = tl.where(KEEP(place + column.to(tl.uint32), seed, threshold), adapter, 0.0)
+                keep = KEEP(place + column.to(tl.uint32), base_ptr, has_base, seed, threshold)
+                adapter = tl.where(keep, adapter, 0.0)
             grad += adapter
         weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0).to(tl.float32)
         return x, grad * weight
@@ -257,11 +282,11 @@ def _backward_kernel() -> Any:
 
     strides = [f"{name}_{axis}" for name in ("grad", "x", "out", "residual", "adapter") for axis in ("token", "head")]
 
-    @triton.jit(do_not_specialize=[*strides, "num_rows", "seed", "threshold"])
+    @triton.jit(do_not_specialize=[*strides, "num_rows", "has_base", "seed", "threshold"])
     def _rms_norm_backward_kernel(
         grad_ptr, x_ptr, out_ptr, residual_ptr, adapter_ptr, weight_ptr, r_ptr,
         grad_token, grad_head, x_token, x_head, out_token, out_head, residual_token, residual_head,
-        adapter_token, adapter_head, num_rows, seed, threshold,
+        adapter_token, adapter_head, num_rows, base_ptr, has_base, seed, threshold,
         OFFSET: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr, KEEP: tl.constexpr,
         RESIDUAL: tl.constexpr, ADAPTER: tl.constexpr, DROPOUT: tl.constexpr,
         ALIGNMENT: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -278,16 +303,16 @@ def _backward_kernel() -> Any:
 
         column = tl.arange(0, BLOCK)[None, :]
         x, weighted = LOAD(
-            column, in_range, place, weight_ptr, x_row, grad_row, adapter_row, seed, threshold,
-            KEEP, ADAPTER, DROPOUT, WIDTH,
+            column, in_range, place, weight_ptr, x_row, grad_row, adapter_row,
+            base_ptr, has_base, seed, threshold, KEEP, ADAPTER, DROPOUT, WIDTH,
         )  # fmt: skip
         total = tl.sum(x * weighted, axis=1)
         if WIDTH > BLOCK:
             start = BLOCK
             while start < WIDTH:
                 more, more_weighted = LOAD(
-                    start + column, in_range, place, weight_ptr, x_row, grad_row, adapter_row, seed, threshold,
-                    KEEP, ADAPTER, DROPOUT, WIDTH,
+                    start + column, in_range, place, weight_ptr, x_row, grad_row, adapter_row,
+                    base_ptr, has_base, seed, threshold, KEEP, ADAPTER, DROPOUT, WIDTH,
                 )  # fmt: skip
                 total += tl.sum(more * more_weighted, axis=1)
                 start += BLOCK
@@ -298,8 +323,8 @@ def _backward_kernel() -> Any:
             start = BLOCK
             while start < WIDTH:
                 more, more_weighted = LOAD(
-                    start + column, in_range, place, weight_ptr, x_row, grad_row, adapter_row, seed, threshold,
-                    KEEP, ADAPTER, DROPOUT, WIDTH,
+                    start + column, in_range, place, weight_ptr, x_row, grad_row, adapter_row,
+                    base_ptr, has_base, seed, threshold, KEEP, ADAPTER, DROPOUT, WIDTH,
                 )  # fmt: skip
                 STORE(more, more_weighted, r, mean, start + column, in_range, out_row, residual_row, RESIDUAL, WIDTH)
                 start += BLOCK

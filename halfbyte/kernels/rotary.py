@@ -1,4 +1,4 @@
-"""Rotary position embedding on a GPU, in place.
+"""Rotary position embedding on a GPU, in place or from one layout into another.
 
 A program turns up to HEADS heads of a tile of tokens. Its threads stand on [TOKENS, half of a head], each keeps its
 cosines and sines in registers and passes over the heads, so that they are read once a token and group of heads and
@@ -20,31 +20,35 @@ HEADS_PER_PROGRAM = 8
 # By 128 threads, eight neighbours each.
 PLACES_PER_PROGRAM = 1024
 
-# T tokens, N heads, H head width
+# B rows, L tokens a row, T = B L tokens, N heads, H head width
 
 
-def rotate(x_TNH: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor, *, backward: bool) -> None:
-    """Turn every head of `x_TNH`, or turn it back; arguments as those of the op."""
-    num_tokens, num_heads, width = x_TNH.shape
+def rotate(
+    x_BLNH: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor, out_TNH: torch.Tensor, *, backward: bool
+) -> None:
+    """Turn every head of `x_BLNH`, or turn it back; arguments as those of the op."""
+    num_tokens, num_heads, width = out_TNH.shape
+    strides = *x_BLNH.stride()[:3], *out_TNH.stride()[:2]
     half_block = 1 << (width // 2 - 1).bit_length()
     tokens = max(1, PLACES_PER_PROGRAM // half_block)
     heads = min(num_heads, HEADS_PER_PROGRAM)
     launch(
         _kernel(),
         -(-num_tokens // tokens) * -(-num_heads // heads),
-        x_TNH,
+        x_BLNH,
         cos_TH,
         sin_TH,
-        x_TNH.stride(0),
-        x_TNH.stride(1),
+        out_TNH,
+        *strides,
         num_tokens,
+        x_BLNH.shape[1],
         BACKWARD=backward,
         NUM_HEADS=num_heads,
         HALF=width // 2,
         TOKENS=tokens,
         HEADS=heads,
         BLOCK=half_block,
-        ALIGNMENT=math.gcd(x_TNH.stride(0), x_TNH.stride(1), width // 2, 16),
+        ALIGNMENT=math.gcd(*strides, width // 2, 16),
         num_warps=4,
     )
 
@@ -54,9 +58,11 @@ def _kernel() -> Any:
     import triton
     import triton.language as tl
 
-    @triton.jit(do_not_specialize=["token_stride", "head_stride", "num_tokens"])
+    strides = ["x_row", "x_token", "x_head", "out_token", "out_head"]
+
+    @triton.jit(do_not_specialize=[*strides, "num_tokens", "row_tokens"])
     def _rotate_kernel(
-        x_ptr, cos_ptr, sin_ptr, token_stride, head_stride, num_tokens,
+        x_ptr, cos_ptr, sin_ptr, out_ptr, x_row, x_token, x_head, out_token, out_head, num_tokens, row_tokens,
         BACKWARD: tl.constexpr, NUM_HEADS: tl.constexpr, HALF: tl.constexpr,
         TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr,
     ):  # fmt: skip
@@ -71,21 +77,23 @@ def _kernel() -> Any:
         if BACKWARD:
             sin = -sin
 
-        token_ptr = x_ptr + tl.multiple_of(token * token_stride, ALIGNMENT)[:, None]
+        x_offset = token // row_tokens * x_row + token % row_tokens * x_token
+        x_ptr += tl.multiple_of(x_offset, ALIGNMENT)[:, None]
+        out_ptr += tl.multiple_of(token * out_token, ALIGNMENT)[:, None]
         # Of no length yet, but of a type.
         lows = ((cos,) * HEADS)[:0]
         highs = lows
         for head in tl.static_range(HEADS):
-            head_ptr = token_ptr + tl.multiple_of((first + head).to(tl.int64) * head_stride, ALIGNMENT)
+            head_ptr = x_ptr + tl.multiple_of((first + head).to(tl.int64) * x_head, ALIGNMENT)
             head_mask = mask & (first + head < NUM_HEADS)
             lows += (tl.load(head_ptr + column, mask=head_mask, other=0),)
             highs += (tl.load(head_ptr + HALF + column, mask=head_mask, other=0),)
         for head in tl.static_range(HEADS):
-            head_ptr = token_ptr + tl.multiple_of((first + head).to(tl.int64) * head_stride, ALIGNMENT)
+            head_ptr = out_ptr + tl.multiple_of((first + head).to(tl.int64) * out_head, ALIGNMENT)
             head_mask = mask & (first + head < NUM_HEADS)
             low = lows[head].to(tl.float32)
             high = highs[head].to(tl.float32)
-            tl.store(head_ptr + column, (low * cos - high * sin).to(x_ptr.dtype.element_ty), mask=head_mask)
-            tl.store(head_ptr + HALF + column, (high * cos + low * sin).to(x_ptr.dtype.element_ty), mask=head_mask)
+            tl.store(head_ptr + column, (low * cos - high * sin).to(out_ptr.dtype.element_ty), mask=head_mask)
+            tl.store(head_ptr + HALF + column, (high * cos + low * sin).to(out_ptr.dtype.element_ty), mask=head_mask)
 
     return _rotate_kernel

@@ -3,8 +3,8 @@
 A program takes a tile of one row's columns, of gate and up at the same places; an element's gradients depend on
 nothing else, so they overwrite gate and up. Nothing changes threads. Tiles are those of `counter_dropout`.
 
-Traffic for 16 bits: 6 bytes an element of the product forward, 8 with the dropped copy; backward 10, and 14 with the
-adapter's gradient and the product.
+Traffic for 16 bits: 6 bytes an element of the product forward; backward 10, and 14 with the adapter's gradient and the
+product.
 """
 
 from __future__ import annotations
@@ -20,19 +20,16 @@ from halfbyte.kernels.counter_dropout import (
     THREADS_PER_WARP,
     HashDropout,
     columns_per_program,
+    dropout_arguments,
     keep_function,
-    seed_and_threshold,
 )
 from halfbyte.kernels.launch import launch
 
 # T tokens, F feed-forward width, G = 2 F: gate, then up
 
 
-def swiglu(
-    gate_up_TG: torch.Tensor, out_TF: torch.Tensor, dropped_TF: torch.Tensor | None, dropout: HashDropout | None
-) -> None:
-    """Write the product to `out_TF`, and to `dropped_TF`, if given, with the dropped elements set to zero."""
-    dropped = out_TF if dropped_TF is None else dropped_TF
+def swiglu(gate_up_TG: torch.Tensor, out_TF: torch.Tensor) -> None:
+    """Write the product to `out_TF`."""
     width = out_TF.shape[1]
     block = columns_per_program(width)
     launch(
@@ -40,15 +37,10 @@ def swiglu(
         out_TF.shape[0] * -(-width // block),
         gate_up_TG,
         out_TF,
-        dropped,
         out_TF.stride(0),
-        dropped.stride(0),
-        *seed_and_threshold(dropout),
-        KEEP=keep_function(),
-        DROPPED=dropped_TF is not None,
         WIDTH=width,
         BLOCK=block,
-        ALIGNMENT=math.gcd(width, out_TF.stride(0), dropped.stride(0), 16),
+        ALIGNMENT=math.gcd(width, out_TF.stride(0), 16),
         num_warps=block // (ELEMENTS_PER_THREAD * THREADS_PER_WARP),
     )
 
@@ -74,7 +66,7 @@ def swiglu_backward(
         product,
         adapter,
         *strides,
-        *seed_and_threshold(dropout),
+        *dropout_arguments(dropout, grad_p_TF),
         KEEP=keep_function(),
         PRODUCT=product_TF is not None,
         ADAPTER=grad_adapter_TF is not None,
@@ -91,12 +83,10 @@ def _forward_kernel() -> Any:
     import triton
     import triton.language as tl
 
-    @triton.jit(do_not_specialize=["out_stride", "dropped_stride", "seed", "threshold"])
+    @triton.jit(do_not_specialize=["out_stride"])
     def _swiglu_kernel(
-        gate_up_ptr, out_ptr, dropped_ptr, out_stride, dropped_stride, seed, threshold,
-        KEEP: tl.constexpr, DROPPED: tl.constexpr,
-        WIDTH: tl.constexpr, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr,
-    ):  # fmt: skip
+        gate_up_ptr, out_ptr, out_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr
+    ):
         # Addresses: a 64-bit scalar for the row, 32-bit offsets inside it.
         TILES: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
         row = (tl.program_id(0) // TILES).to(tl.int64)
@@ -105,14 +95,8 @@ def _forward_kernel() -> Any:
         gate_row = gate_up_ptr + tl.multiple_of(row * (2 * WIDTH), ALIGNMENT)
         gate = tl.load(gate_row + column, mask=mask, other=0).to(tl.float32)
         up = tl.load(gate_row + WIDTH + column, mask=mask, other=0).to(tl.float32)
-        product = gate * tl.sigmoid(gate) * up
         out_row = out_ptr + tl.multiple_of(row * out_stride, ALIGNMENT)
-        tl.store(out_row + column, product.to(out_ptr.dtype.element_ty), mask=mask)
-        if DROPPED:
-            keep = KEEP((row * WIDTH).to(tl.uint32) + column.to(tl.uint32), seed, threshold)
-            dropped_row = dropped_ptr + tl.multiple_of(row * dropped_stride, ALIGNMENT)
-            product = tl.where(keep, product, 0.0)
-            tl.store(dropped_row + column, product.to(dropped_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_row + column, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=mask)
 
     return _swiglu_kernel
 
@@ -122,9 +106,10 @@ def _backward_kernel() -> Any:
     import triton
     import triton.language as tl
 
-    @triton.jit(do_not_specialize=["grad_stride", "product_stride", "adapter_stride", "seed", "threshold"])
+    @triton.jit(do_not_specialize=["grad_stride", "product_stride", "adapter_stride", "has_base", "seed", "threshold"])
     def _swiglu_backward_kernel(
-        gate_up_ptr, grad_ptr, product_ptr, adapter_ptr, grad_stride, product_stride, adapter_stride, seed, threshold,
+        gate_up_ptr, grad_ptr, product_ptr, adapter_ptr, grad_stride, product_stride, adapter_stride,
+        base_ptr, has_base, seed, threshold,
         KEEP: tl.constexpr, PRODUCT: tl.constexpr, ADAPTER: tl.constexpr, DROPOUT: tl.constexpr,
         WIDTH: tl.constexpr, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr,
     ):  # fmt: skip
@@ -138,7 +123,7 @@ def _backward_kernel() -> Any:
         grad_row = grad_ptr + tl.multiple_of(row * grad_stride, ALIGNMENT)
         grad = tl.load(grad_row + column, mask=mask, other=0).to(tl.float32)
         if DROPOUT:
-            keep = KEEP((row * WIDTH).to(tl.uint32) + column.to(tl.uint32), seed, threshold)
+            keep = KEEP((row * WIDTH).to(tl.uint32) + column.to(tl.uint32), base_ptr, has_base, seed, threshold)
         if ADAPTER:
             adapter_row = adapter_ptr + tl.multiple_of(row * adapter_stride, ALIGNMENT)
             adapter = tl.load(adapter_row + column, mask=mask, other=0).to(tl.float32)

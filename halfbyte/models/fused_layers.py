@@ -30,6 +30,7 @@ from halfbyte.nn.decoder_block import BlockParts, Norm, Policy, decoder_block
 from halfbyte.nn.linear import Linear4bit
 from halfbyte.nn.lora import LoraLinear
 from halfbyte.nn.projection_group import ProjectionGroup, WeightOwner
+from halfbyte.ops.counter_dropout import DropoutSeeds
 from halfbyte.ops.workspace import Workspace
 
 LAYER_CLASSES = (
@@ -68,6 +69,7 @@ class _Binding:
     policy: Policy
     adapters_ride: bool
     token: TokenState
+    seeds: DropoutSeeds
     modules: tuple[nn.Module, ...] = ()
     """Of which the parts were made."""
     parts: BlockParts | None = None
@@ -127,6 +129,7 @@ class FusedLayer:
             attend=attend,
             policy=self.halfbyte_binding.policy,
             training=layer.training,
+            seeds=self.halfbyte_binding.seeds,
         )
 
 
@@ -148,14 +151,14 @@ def fuse_layers_(model: PreTrainedModel, *, policy: Policy = "keep", adapters_ri
     if reasons:
         return FusionReport(0, dict(reasons))
     owners: dict[str, WeightOwner] = {}
-    token = TokenState()
+    token, seeds = TokenState(), DropoutSeeds()
     if adapters_ride is None:
         adapters_ride = next(model.parameters()).device.type == "cuda"
     for layer in layers:
         if not isinstance(layer, FusedLayer):
             layer_class: Any = type(layer)
             layer.__class__ = _fused_class(layer_class)
-        binding: Any = _Binding(workspace_of(model), owners, policy, adapters_ride, token)
+        binding: Any = _Binding(workspace_of(model), owners, policy, adapters_ride, token, seeds)
         object.__setattr__(layer, "halfbyte_binding", binding)
     return FusionReport(len(layers), {})
 
@@ -173,6 +176,11 @@ def set_policy(model: PreTrainedModel, policy: Policy) -> None:
     """Choose what the fused blocks of a model keep for their backward."""
     for layer in iter_fused_layers(model):
         layer.halfbyte_binding.policy = policy
+
+
+def dropout_seeds_of(model: PreTrainedModel) -> DropoutSeeds:
+    """Return where the fused blocks of a model take the seeds of their dropouts."""
+    return next(iter_fused_layers(model)).halfbyte_binding.seeds
 
 
 def iter_fused_layers(model: PreTrainedModel) -> Iterator[FusedLayer]:

@@ -10,7 +10,8 @@ is a policy; the gradients do not depend on it:
     mlp         without gate up, which is multiplied again from h
     block       x alone; the block is computed again
 
-Norm outputs and the gated product are never kept: computing them again costs one pass over memory.
+Norm outputs and the gated product are never kept: computing them again costs one pass over memory. Without dropout
+the adapters of q, k, v, gate and up do not even ask for that: n = r w x, so  grad_A = g' n = ((r g)' x) w.
 
 Attention is not ours: what is called for q, k and v records its own graph, which the backward asks for gradients.
 
@@ -29,8 +30,9 @@ from torch.autograd.function import once_differentiable
 
 from halfbyte.nn.projection_group import ProjectionGroup
 from halfbyte.ops.block_dropout import BlockDropout, draw_block_dropout
+from halfbyte.ops.counter_dropout import DropoutSeeds
 from halfbyte.ops.rms_norm import rms_norm, rms_norm_backward
-from halfbyte.ops.rotary import rotate_
+from halfbyte.ops.rotary import rotate, rotate_
 from halfbyte.ops.swiglu import swiglu, swiglu_backward_
 from halfbyte.ops.workspace import Workspace
 
@@ -138,6 +140,7 @@ def decoder_block(
     attend: Attend,
     policy: Policy,
     training: bool,
+    seeds: DropoutSeeds,
 ) -> torch.Tensor:
     """Return the block's output, of the shape and dtype of `x_BLD`.
 
@@ -149,6 +152,7 @@ def decoder_block(
         attend: Attention with everything that it needs to know bound to it.
         policy: What is kept for the backward.
         training: Whether adapters drop elements of their input.
+        seeds: Of dropout by a counter.
     """
     rows, _, width = x_BLD.shape
     x_TD = x_BLD.reshape(-1, width)
@@ -161,7 +165,7 @@ def decoder_block(
         attend=attend,
         policy=policy,
         dropouts=tuple(
-            draw_block_dropout(group.dropout if training else 0.0, by_counter=group.adapters_ride)
+            draw_block_dropout(group.dropout if training else 0.0, by_counter=group.adapters_ride, seeds=seeds)
             for group in parts.groups
         ),
     )
@@ -169,16 +173,16 @@ def decoder_block(
     if torch.is_grad_enabled() and (x_BLD.requires_grad or any(p.requires_grad for p in parameters)):
         y_TD = _DecoderBlock.apply(x_TD, call, *parameters)
     else:
-        h_TD = _attention_forward(x_TD, call, record=False)[1]
-        y_TD = _mlp_forward(h_TD, call)[1]
+        o_TD = _attention_forward(x_TD, call, record=False)[1]
+        y_TD = _mlp_forward(x_TD, o_TD, call)[1]
     return y_TD.view(x_BLD.shape)
 
 
 class _DecoderBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: torch.Tensor, call: BlockCall, *parameters: torch.Tensor) -> torch.Tensor:
-        attention, h_TD = _attention_forward(x_TD, call, record=call.policy != "block")
-        mlp, y_TD = _mlp_forward(h_TD, call)
+        attention, o_TD = _attention_forward(x_TD, call, record=call.policy != "block")
+        mlp, y_TD = _mlp_forward(x_TD, o_TD, call)
         if call.policy != "keep":
             mlp.gate_up_TG = None
         ctx.call = call
@@ -195,40 +199,40 @@ class _DecoderBlock(torch.autograd.Function):
             group.forget_weight()
         # None by policy, or because this is not the first backward of a graph that was retained.
         if ctx.states is None:
-            attention, h_TD = _attention_forward(x_TD, call, record=True)
-            mlp = _mlp_forward(h_TD, call, for_backward=True)[0]
+            attention, o_TD = _attention_forward(x_TD, call, record=True)
+            mlp = _mlp_forward(x_TD, o_TD, call, for_backward=True)[0]
         else:
             attention, mlp = ctx.states
             ctx.states = None
         grad_h_TD, mlp_grads = _mlp_backward(grad_y_TD.contiguous(), mlp, call)
         del mlp
-        grad_x_TD, attention_grads = _attention_backward(grad_h_TD, attention, call)
+        grad_x_TD, attention_grads = _attention_backward(grad_h_TD, attention, call, wanted=ctx.needs_input_grad[0])
         return grad_x_TD, None, *attention_grads, *mlp_grads
 
 
 def _normed_input(
-    x_TD: torch.Tensor, norm: Norm, group: ProjectionGroup, dropout: BlockDropout, workspace: Workspace
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return r, the norm of x in the buffer of a group's input, and what dropout leaves of it."""
+    x_TD: torch.Tensor, norm: Norm, group: ProjectionGroup, workspace: Workspace, *, addend_: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return r, and the norm of x, to which `addend_` is added in place, in the buffer of a group's input."""
     x_TE = group.take_input("group_input", x_TD.shape[0], dtype=x_TD.dtype, device=x_TD.device)
     n_TD = x_TE[:, : x_TD.shape[1]]
-    dropped_TD = dropout.take_copy(n_TD, workspace)
-    r_T = rms_norm(x_TD, norm.weight_D, eps=norm.eps, out=n_TD, dropped=dropped_TD, dropout=dropout.counter)
-    return r_T, x_TE, dropout.finish(n_TD, dropped_TD, workspace)
+    return rms_norm(x_TD, norm.weight_D, eps=norm.eps, out=n_TD, addend_=addend_), x_TE
 
 
 def _attention_forward(x_TD: torch.Tensor, call: BlockCall, *, record: bool) -> tuple[AttentionState, torch.Tensor]:
-    """Return what the backward needs, and h; `record` says whether there will be a backward of this pass."""
+    """Return what the backward needs, and O's product; `record` says whether there will be a backward of this pass."""
     parts, workspace = call.parts, call.parts.workspace
-    r_T, x_TE, d_TD = _normed_input(x_TD, parts.norm1, parts.qkv, call.dropouts[0], workspace)
-    qkv_TF, u_qkv_TR = parts.qkv.forward(x_TE, d_TD, scale=call.dropouts[0].scale)
+    r_T, x_TE = _normed_input(x_TD, parts.norm1, parts.qkv, workspace)
+    qkv_TF, u_qkv_TR = parts.qkv.forward(x_TE, call.dropouts[0])
     qkv_TSH = qkv_TF.view(x_TD.shape[0], -1, parts.head_width)
     rotated_TSH, r_heads = _rotate_heads(qkv_TSH, call)
     inputs = _as_attention_inputs(qkv_TSH, rotated_TSH, call)
     with torch.set_grad_enabled(record):
         out_TA = call.attend(*inputs).reshape(x_TD.shape[0], -1)
-    u_o_TR, h_TD = _project_out(out_TA.detach(), x_TD, call)
-    return AttentionState(x_TD, r_T, u_qkv_TR, qkv_TSH, r_heads, inputs, out_TA, u_o_TR), h_TD
+    a_TE = parts.o.take_input("group_input", out_TA.shape[0], dtype=out_TA.dtype, device=out_TA.device)
+    a_TE[:, : out_TA.shape[1]] = out_TA.detach()
+    o_TD, u_o_TR = parts.o.forward(a_TE, call.dropouts[1])
+    return AttentionState(x_TD, r_T, u_qkv_TR, qkv_TSH, r_heads, inputs, out_TA, u_o_TR), o_TD
 
 
 def _rotate_heads(qkv_TSH: torch.Tensor, call: BlockCall) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
@@ -261,31 +265,20 @@ def _as_attention_inputs(
     return q, k, v
 
 
-def _project_out(out_TA: torch.Tensor, x_TD: torch.Tensor, call: BlockCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return u of the output projection, and x plus its product."""
-    group, dropout, workspace = call.parts.o, call.dropouts[1], call.parts.workspace
-    a_TE = group.take_input("group_input", out_TA.shape[0], dtype=out_TA.dtype, device=out_TA.device)
-    a_TE[:, : out_TA.shape[1]] = out_TA
-    o_TD, u_TR = group.forward(a_TE, dropout.copy_of(out_TA, workspace), scale=call.dropouts[1].scale)
-    return u_TR, o_TD.add_(x_TD)
-
-
-def _mlp_forward(h_TD: torch.Tensor, call: BlockCall, *, for_backward: bool = False) -> tuple[MlpState, torch.Tensor]:
-    """Return what the backward needs, and y; `for_backward` leaves y out."""
+def _mlp_forward(
+    x_TD: torch.Tensor, o_TD: torch.Tensor, call: BlockCall, *, for_backward: bool = False
+) -> tuple[MlpState, torch.Tensor]:
+    """Return what the backward needs, and y; O's product becomes h; `for_backward` leaves y out."""
     parts, workspace = call.parts, call.parts.workspace
-    r_T, x_TE, d_TD = _normed_input(h_TD, parts.norm2, parts.gate_up, call.dropouts[2], workspace)
-    gate_up_TG, u_gate_up_TR = parts.gate_up.forward(x_TE, d_TD, scale=call.dropouts[2].scale)
-    num_tokens, width = h_TD.shape[0], parts.down.in_features
-    p_TE = parts.down.take_input("group_input", num_tokens, dtype=h_TD.dtype, device=h_TD.device)
-    p_TF = p_TE[:, :width]
-    dropout = call.dropouts[3]
-    dropped_TF = dropout.take_copy(p_TF, workspace)
-    swiglu(gate_up_TG, out_TF=p_TF, dropped_TF=dropped_TF, dropout=dropout.counter)
-    d_TF = dropout.finish(p_TF, dropped_TF, workspace)
+    r_T, x_TE = _normed_input(x_TD, parts.norm2, parts.gate_up, workspace, addend_=o_TD)
+    h_TD = o_TD
+    gate_up_TG, u_gate_up_TR = parts.gate_up.forward(x_TE, call.dropouts[2])
+    p_TE = parts.down.take_input("group_input", h_TD.shape[0], dtype=h_TD.dtype, device=h_TD.device)
+    p_TF = swiglu(gate_up_TG, out_TF=p_TE[:, : parts.down.in_features])
     if for_backward:
-        u_down_TR = parts.down.inner(d_TF, scale=dropout.scale)
+        u_down_TR = parts.down.inner(p_TF, call.dropouts[3])
         return MlpState(h_TD, r_T, u_gate_up_TR, gate_up_TG, u_down_TR), h_TD
-    y_TD, u_down_TR = parts.down.forward(p_TE, d_TF, scale=call.dropouts[3].scale)
+    y_TD, u_down_TR = parts.down.forward(p_TE, call.dropouts[3])
     return MlpState(h_TD, r_T, u_gate_up_TR, gate_up_TG, u_down_TR), y_TD.add_(h_TD)
 
 
@@ -294,8 +287,8 @@ def _mlp_backward(grad_y_TD: torch.Tensor, state: MlpState, call: BlockCall) -> 
     parts, workspace = call.parts, call.parts.workspace
     gate_up_TG = state.gate_up_TG
     if gate_up_TG is None:
-        _, x_TE, d_TD = _normed_input(state.h_TD, parts.norm2, parts.gate_up, call.dropouts[2], workspace)
-        gate_up_TG = parts.gate_up.forward(x_TE, d_TD, scale=call.dropouts[2].scale)[0]
+        _, x_TE = _normed_input(state.h_TD, parts.norm2, parts.gate_up, workspace)
+        gate_up_TG = parts.gate_up.forward(x_TE, call.dropouts[2])[0]
     dropout = call.dropouts[3]
     grad_p_TF, grad_u_TR, adapter_TF = parts.down.backward_input(grad_y_TD, dropout, in_parts=True)
     d_TF = adapter_TF
@@ -311,36 +304,47 @@ def _mlp_backward(grad_y_TD: torch.Tensor, state: MlpState, call: BlockCall) -> 
 
 
 def _attention_backward(
-    grad_h_TD: torch.Tensor, state: AttentionState, call: BlockCall
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return the gradient of x, and those of the adapters of q, k, v and o."""
+    grad_h_TD: torch.Tensor, state: AttentionState, call: BlockCall, *, wanted: bool
+) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    """Return the gradient of x, if it is wanted, and those of the adapters of q, k, v and o."""
     parts, workspace = call.parts, call.parts.workspace
     dropout = call.dropouts[1]
     grad_out_TA, grad_u_TR, _ = parts.o.backward_input(grad_h_TD, dropout, in_parts=False)
-    d_TA = dropout.copy_of(state.out_TA.detach(), workspace)
+    d_TA = dropout.dropped(state.out_TA.detach(), workspace)
     o_grads = parts.o.backward_adapters(grad_h_TD, grad_u_TR, d_TA, state.u_o_TR)
     grads = torch.autograd.grad(state.out_TA, state.inputs, grad_out_TA.contiguous())
-    grad_qkv_TSH = torch.empty_like(state.qkv_TSH)
-    ends = (0, parts.query_heads, parts.query_heads + parts.key_heads, grad_qkv_TSH.shape[1])
-    for grad, start, end in zip(grads, ends[:-1], ends[1:], strict=True):
-        grad_qkv_TSH[:, start:end] = grad.transpose(1, 2).flatten(0, 1)
-    _unrotate_heads_(grad_qkv_TSH, state, call)
+    grad_qkv_TF = _join_head_gradients(grads, state, call).flatten(1)
+    if not wanted:
+        grad_u_TR = parts.qkv.backward_inner(grad_qkv_TF, call.dropouts[0])
+        qkv_grads = _norm_adapter_gradients(
+            grad_qkv_TF, grad_u_TR, state.x_TD, state.r_T, state.u_qkv_TR, call, norm=parts.norm1, index=0
+        )
+        return None, qkv_grads + o_grads
     grad_x_TD, qkv_grads = _norm_backward(
-        grad_qkv_TSH.flatten(1), state.x_TD, state.r_T, state.u_qkv_TR, grad_h_TD, call, norm=parts.norm1, index=0
+        grad_qkv_TF, state.x_TD, state.r_T, state.u_qkv_TR, grad_h_TD, call, norm=parts.norm1, index=0
     )
     return grad_x_TD, qkv_grads + o_grads
 
 
-def _unrotate_heads_(grad_TSH: torch.Tensor, state: AttentionState, call: BlockCall) -> None:
+def _join_head_gradients(grads_BNLH: tuple[torch.Tensor, ...], state: AttentionState, call: BlockCall) -> torch.Tensor:
+    """Return the gradients of q, k and v in one matrix, (T, S, H), turned back and gone back through their norms."""
     parts = call.parts
+    joined_TSH = torch.empty_like(state.qkv_TSH)
     num_heads = parts.query_heads + parts.key_heads
-    if parts.rotates:
-        rotate_(grad_TSH[:, :num_heads], call.cos_TH, call.sin_TH, backward=True)
+    ranges = (slice(0, parts.query_heads), slice(parts.query_heads, num_heads), slice(num_heads, None))
+    for grad_BNLH, heads, rotates in zip(grads_BNLH, ranges, (parts.rotates, parts.rotates, False), strict=True):
+        grad_BLNH, out_TNH = grad_BNLH.transpose(1, 2), joined_TSH[:, heads]
+        if rotates and grad_BLNH.stride(3) == 1:
+            rotate(grad_BLNH, call.cos_TH, call.sin_TH, out_TNH=out_TNH, backward=True)
+            continue
+        out_TNH.unflatten(0, (call.rows, -1)).copy_(grad_BLNH)
+        if rotates:
+            rotate_(out_TNH, call.cos_TH, call.sin_TH, backward=True)
     if parts.q_norm is not None and parts.k_norm is not None:
-        ranges = (slice(0, parts.query_heads), slice(parts.query_heads, num_heads))
-        for heads, norm, r in zip(ranges, (parts.q_norm, parts.k_norm), state.r_heads, strict=True):
-            grad = grad_TSH[:, heads]
+        for heads, norm, r in zip(ranges[:2], (parts.q_norm, parts.k_norm), state.r_heads, strict=True):
+            grad = joined_TSH[:, heads]
             rms_norm_backward(grad, state.qkv_TSH[:, heads], norm.weight_D, r, out=grad)
+    return joined_TSH
 
 
 def _norm_backward(
@@ -357,10 +361,7 @@ def _norm_backward(
     """Go back through the group that follows a norm, and the norm; `residual_TD` went past both."""
     group, dropout = call.parts.groups[index], call.dropouts[index]
     grad_n_TD, grad_u_TR, adapter_TD = group.backward_input(grad_TF, dropout, in_parts=True)
-    grads: list[torch.Tensor] = []
-    if group.rank:
-        _, _, d_TD = _normed_input(x_TD, norm, group, dropout, call.parts.workspace)
-        grads = group.backward_adapters(grad_TF, grad_u_TR, d_TD, u_TR)
+    grads = _norm_adapter_gradients(grad_TF, grad_u_TR, x_TD, r_T, u_TR, call, norm=norm, index=index)
     grad_x_TD = torch.empty_like(x_TD)
     rms_norm_backward(
         grad_n_TD,
@@ -373,3 +374,26 @@ def _norm_backward(
         dropout=dropout.counter,
     )
     return grad_x_TD, grads
+
+
+def _norm_adapter_gradients(
+    grad_TF: torch.Tensor,
+    grad_u_TR: torch.Tensor,
+    x_TD: torch.Tensor,
+    r_T: torch.Tensor,
+    u_TR: torch.Tensor,
+    call: BlockCall,
+    *,
+    norm: Norm,
+    index: int,
+) -> list[torch.Tensor]:
+    """Return the gradients of the adapters of a group that follows a norm."""
+    group, dropout, workspace = call.parts.groups[index], call.dropouts[index], call.parts.workspace
+    if not group.rank:
+        return []
+    if not dropout.probability:
+        scaled_TR = (grad_u_TR * r_T[:, None]).to(grad_u_TR.dtype)
+        return group.backward_adapters(grad_TF, scaled_TR, x_TD, u_TR, weight_D=norm.weight_D)
+    d_TD = workspace.take("group_input", tuple(x_TD.shape), dtype=x_TD.dtype, device=x_TD.device)
+    rms_norm(x_TD, norm.weight_D, eps=norm.eps, out=d_TD, dropout=dropout.counter)
+    return group.backward_adapters(grad_TF, grad_u_TR, dropout.drop_unless_done_(d_TD), u_TR)

@@ -10,11 +10,13 @@ Backward:
     [grad_base, g] = grad_y [W, B]        grad_A = s g' d        grad_B = grad_y' u
     grad_x = grad_base + dropout(s g A)
 
-Where adapters ride (on a GPU), W and B lie side by side in one buffer, as x and u do. On a CPU, where products want
-matrices without gaps, u B' is computed first and the large product is added to it, which rounds once as well.
+Where adapters ride (on a GPU), W and B lie side by side in one buffer, as x and u do, and d is never written: dropout
+happens inside the product that gives u. On a CPU, where products want matrices without gaps, u B' is computed first and
+the large product is added to it, which rounds once as well.
 
 s includes 1 / (1 - p). W is expanded into a buffer that all groups of one kind share. A backward that recomputes
-expands a weight once, for the recomputation and the gradient.
+expands a weight once, for the recomputation and the gradient. Adapters are cast in every forward; the backward finds
+them as that left them.
 """
 
 from __future__ import annotations
@@ -25,8 +27,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from halfbyte.kernels.adapter_stack import StackMember
 from halfbyte.nn.linear import Linear4bit
 from halfbyte.nn.lora import LoraLinear
+from halfbyte.ops.adapter_inner import adapter_inner
+from halfbyte.ops.adapter_stack import stack_adapters
 from halfbyte.ops.block_dropout import BlockDropout
 from halfbyte.ops.dequantize_4bit import dequantize_4bit
 from halfbyte.ops.lora_linear import product_in
@@ -60,11 +65,11 @@ class _Stacks:
     """The adapters that take part, in the compute dtype."""
 
     members: tuple[_Member, ...]
-    A_RD: torch.Tensor
-    B_FR: torch.Tensor
-    """Without the scaling, where all adapters have the same."""
     scaling: float
-    """What B lacks."""
+    """What B lacks: the scaling of all adapters, if they have the same, else 1."""
+    A_RD: torch.Tensor
+    B_FR: torch.Tensor | None
+    """None where B rides, and lies beside the weight."""
 
     @classmethod
     def empty(cls, group: ProjectionGroup, members: tuple[_Member, ...], dtype: torch.dtype) -> _Stacks:
@@ -72,25 +77,43 @@ class _Stacks:
         rank, device = group.padded_rank, group.device
         return cls(
             members=members,
-            A_RD=torch.zeros(rank, group.in_features, dtype=dtype, device=device),
-            B_FR=torch.zeros(group.out_features, rank, dtype=dtype, device=device),
             scaling=scalings.pop() if len(scalings) == 1 else 1.0,
+            A_RD=torch.zeros(rank, group.in_features, dtype=dtype, device=device),
+            B_FR=None if group.adapters_ride else torch.zeros(group.out_features, rank, dtype=dtype, device=device),
         )
 
+    def fill_A(self) -> None:
+        """Cast every A anew."""
+        for member in self.members:
+            self.A_RD[member.ranks] = member.layer.lora_A.detach()
+
     def fill(self) -> None:
-        """Cast the adapters anew, in one launch; what is no adapter's stays zero."""
-        if not self.members:
+        """Cast the adapters anew, where B does not ride."""
+        if not self.members or self.B_FR is None:
             return
         targets = [self.A_RD[m.ranks] for m in self.members] + [self.B_FR[m.rows, m.ranks] for m in self.members]
         sources = [m.layer.lora_A.detach() for m in self.members] + [m.layer.lora_B.detach() for m in self.members]
         torch._foreach_copy_(targets, sources)
-        if not self.has_common_scaling:
-            for member in self.members:
-                self.B_FR[member.rows, member.ranks] *= member.layer.scaling
+        for member in self.members:
+            if (factor := self.factor_of(member)) != 1:
+                self.B_FR[member.rows, member.ranks] *= factor
 
-    @property
-    def has_common_scaling(self) -> bool:
-        return len({member.layer.scaling for member in self.members}) == 1
+    def factor_of(self, member: _Member) -> float:
+        """Return the factor with which a member's B is multiplied."""
+        return member.layer.scaling / self.scaling
+
+    def as_places(self) -> list[StackMember]:
+        """Return the members as the op that stacks them wants them."""
+        return [
+            StackMember(
+                member.layer.lora_A.detach(),
+                member.layer.lora_B.detach(),
+                first_row=member.rows.start,
+                first_rank=member.ranks.start,
+                scaling=self.factor_of(member),
+            )
+            for member in self.members
+        ]
 
 
 class ProjectionGroup:
@@ -144,38 +167,42 @@ class ProjectionGroup:
         width = self.in_features + self._spare_columns()
         return self.workspace.take(name, (num_tokens, width), dtype=dtype, device=device)
 
-    def forward(self, x_TE: torch.Tensor, d_TD: torch.Tensor, *, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x_TE: torch.Tensor, dropout: BlockDropout) -> tuple[torch.Tensor, torch.Tensor]:
         """Multiply.
 
         Args:
             x_TE: What `take_input` returned, filled.
-            d_TD: The adapters' input: the first D columns of x, or what dropout left of them.
-            scale: 1 / (1 - p) where there was dropout, else 1.
+            dropout: Of the adapters' input.
 
         Returns:
             y (T, F), a new tensor, and s u (T, R), to keep for the backward.
         """
-        width = self.in_features
-        stacks = self._stack(x_TE.dtype, fill=True)
+        stacks = self._stack(x_TE.dtype)
         self.forget_weight()
-        weight_FE = self._expand(stacks)
-        u_TR = (d_TD @ stacks.A_RD.T).mul_(stacks.scaling * scale)
         if self.adapters_ride:
-            if stacks.members:
-                x_TE[:, width:] = u_TR
+            weight_FE = self._expand(stacks, cast_A=True)
+            u_TR = self.inner(x_TE[:, : self.in_features], dropout, also_TR=x_TE[:, self.in_features :])
             y_TF = x_TE @ weight_FE.T
-        elif stacks.members:
-            y_TF = u_TR @ stacks.B_FR.T
-            y_TF.addmm_(x_TE, weight_FE.T)
         else:
-            y_TF = x_TE @ weight_FE.T
+            stacks.fill()
+            weight_FD = self._expand(stacks)
+            u_TR = self.inner(x_TE, dropout)
+            if stacks.B_FR is not None and stacks.members:
+                y_TF = (u_TR @ stacks.B_FR.T).addmm_(x_TE, weight_FD.T)
+            else:
+                y_TF = x_TE @ weight_FD.T
         self._add_bias_(y_TF)
         return y_TF, u_TR
 
-    def inner(self, d_TD: torch.Tensor, *, scale: float) -> torch.Tensor:
-        """Return s u alone."""
-        stacks = self._stack(d_TD.dtype, fill=True)
-        return (d_TD @ stacks.A_RD.T).mul_(stacks.scaling * scale)
+    def inner(self, x_TD: torch.Tensor, dropout: BlockDropout, *, also_TR: torch.Tensor | None = None) -> torch.Tensor:
+        """Return s u of an input, with A as the last forward has cast it; `also_TR` is written as well."""
+        stacks = self._stack(x_TD.dtype)
+        scale = stacks.scaling * dropout.scale
+        if not stacks.members:
+            return x_TD.new_zeros(x_TD.shape[0], stacks.A_RD.shape[0])
+        if dropout.counter is None:
+            x_TD = dropout.dropped(x_TD, self.workspace)
+        return adapter_inner(x_TD, stacks.A_RD, scale=scale, also_TR=also_TR, dropout=dropout.counter)
 
     def backward_input(
         self, grad_y_TF: torch.Tensor, dropout: BlockDropout, *, in_parts: bool
@@ -192,8 +219,8 @@ class ProjectionGroup:
             Otherwise: grad_x, grad_u, None. The first and the last are buffers that the next call overwrites.
         """
         dtype, device, width = grad_y_TF.dtype, grad_y_TF.device, self.in_features
-        stacks = self._stack(dtype, fill=True)
-        weight_FE, factor = self._expand(stacks), stacks.scaling * dropout.scale
+        stacks = self._stack(dtype)
+        weight_FE = self._expand(stacks)
         num_tokens = grad_y_TF.shape[0]
         adapter_TD = self.workspace.take("group_grad_adapter", (num_tokens, width), dtype=dtype, device=device)
         if not self.rank:
@@ -203,28 +230,50 @@ class ProjectionGroup:
             shape = (num_tokens, weight_FE.shape[1])
             grad_TE = self.workspace.take("group_grad", shape, dtype=dtype, device=device)
             torch.mm(grad_y_TF, weight_FE, out=grad_TE)
-            grad_u_TR = grad_TE[:, width:] * factor
+            grad_u_TR = grad_TE[:, width:] * (stacks.scaling * dropout.scale)
             torch.mm(grad_u_TR, stacks.A_RD, out=adapter_TD)
             return grad_TE[:, :width], grad_u_TR, adapter_TD
-        grad_u_TR = (grad_y_TF @ stacks.B_FR).mul_(factor)
+        grad_u_TR = self.backward_inner(grad_y_TF, dropout)
         torch.mm(grad_u_TR, stacks.A_RD, out=adapter_TD)
         # The small part first: added to a large one that is already rounded, it would be rounded away.
         dropout.drop_(adapter_TD)
         return adapter_TD.addmm_(grad_y_TF, weight_FE[:, :width]), grad_u_TR, None
 
+    def backward_inner(self, grad_y_TF: torch.Tensor, dropout: BlockDropout) -> torch.Tensor:
+        """Return grad_u (T, R) alone, for a group whose input wants no gradient."""
+        stacks = self._stack(grad_y_TF.dtype)
+        B_FR = self._expand(stacks)[:, self.in_features :] if stacks.B_FR is None else stacks.B_FR
+        return (grad_y_TF @ B_FR).mul_(stacks.scaling * dropout.scale)
+
     def backward_adapters(
-        self, grad_y_TF: torch.Tensor, grad_u_TR: torch.Tensor, d_TD: torch.Tensor, u_TR: torch.Tensor
+        self,
+        grad_y_TF: torch.Tensor,
+        grad_u_TR: torch.Tensor,
+        d_TD: torch.Tensor,
+        u_TR: torch.Tensor,
+        *,
+        weight_D: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
-        """Return the gradients of `parameters`; `u_TR` is what the forward returned."""
+        """Return the gradients of `parameters`.
+
+        Args:
+            grad_y_TF: Gradient of the group's output.
+            grad_u_TR: What `backward_input` returned.
+            d_TD: The adapters' input.
+            u_TR: What the forward returned.
+            weight_D: A factor of the adapters' input that `d_TD` lacks.
+        """
         if not self.rank:
             return []
         grads = []
-        stacks = self._stack(d_TD.dtype, fill=False)
+        stacks = self._stack(d_TD.dtype)
         grad_A_RD = product_in(torch.promote_types(d_TD.dtype, torch.float32), grad_u_TR.T, d_TD)
+        if weight_D is not None:
+            grad_A_RD *= weight_D
         for member in stacks.members:
             grad_B = product_in(grad_A_RD.dtype, grad_y_TF[:, member.rows].T, u_TR[:, member.ranks])
-            if not stacks.has_common_scaling:
-                grad_B *= member.layer.scaling
+            if (factor := stacks.factor_of(member)) != 1:
+                grad_B *= factor
             grads += [grad_A_RD[member.ranks], grad_B]
         return grads
 
@@ -250,18 +299,17 @@ class ProjectionGroup:
     def _spare_columns(self) -> int:
         return self.padded_rank if self.adapters_ride else 0
 
-    def _stack(self, dtype: torch.dtype, *, fill: bool) -> _Stacks:
-        """Return the stacked adapters: as they are now, or as the call before has left them."""
+    def _stack(self, dtype: torch.dtype) -> _Stacks:
+        """Return the stacked adapters as the last forward has left them."""
         members, stacks = self.members, self._stacks
         if stacks is None or stacks.members != members or stacks.A_RD.dtype != dtype:
             self._stacks = stacks = _Stacks.empty(self, members, dtype)
-            fill = True
-        if fill:
+            stacks.fill_A()
             stacks.fill()
         return stacks
 
-    def _expand(self, stacks: _Stacks) -> torch.Tensor:
-        """Return W, and B beside it where it rides."""
+    def _expand(self, stacks: _Stacks, *, cast_A: bool = False) -> torch.Tensor:
+        """Return W, and B beside it where it rides; `cast_A` then casts every A on the way."""
         width, dtype = self.in_features, stacks.A_RD.dtype
         shape = (self.out_features, width + self._spare_columns())
         weight_FE = self.workspace.take(f"weight_{self.kind}", shape, dtype=dtype, device=stacks.A_RD.device)
@@ -277,7 +325,8 @@ class ProjectionGroup:
                 target.copy_(base.weight.detach())
             row += layer.out_features
         if self._spare_columns():
-            weight_FE[:, width:] = stacks.B_FR
+            A_RD = stacks.A_RD if cast_A else None
+            stack_adapters(stacks.as_places(), A_RD=A_RD, columns_FR=weight_FE[:, width:])
         self._owner.group = self
         return weight_FE
 

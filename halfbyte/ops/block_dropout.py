@@ -11,7 +11,7 @@ import dataclasses
 
 import torch
 
-from halfbyte.ops.counter_dropout import CounterDropout, drop_copy
+from halfbyte.ops.counter_dropout import CounterDropout, DropoutSeeds, drop_copy
 from halfbyte.ops.dropout import apply_dropout, draw_dropout, drop_
 from halfbyte.ops.workspace import Workspace
 
@@ -33,30 +33,16 @@ class BlockDropout:
         """1 / (1 - p)."""
         return 1 / (1 - self.probability)
 
-    def take_copy(self, x: torch.Tensor, workspace: Workspace) -> torch.Tensor | None:
-        """Return the buffer for a kernel to write the dropped copy of `x` to; None where no kernel does."""
-        if self.counter is None:
-            return None
-        return workspace.take(DROPPED_BUFFER, tuple(x.shape), dtype=x.dtype, device=x.device)
-
-    def finish(self, x: torch.Tensor, dropped: torch.Tensor | None, workspace: Workspace) -> torch.Tensor:
-        """Return what the adapters see of `x`, given what a kernel has written."""
-        if dropped is not None:
-            return dropped
+    def dropped(self, x: torch.Tensor, workspace: Workspace) -> torch.Tensor:
+        """Return what the adapters see of `x`."""
         if not self.probability:
             return x
+        out = workspace.take(DROPPED_BUFFER, tuple(x.shape), dtype=x.dtype, device=x.device)
+        if self.counter is not None:
+            return drop_copy(x, self.counter, out=out)
         if self.positions is None:
             self.positions = draw_dropout(x, probability=self.probability)
-        out = workspace.take(DROPPED_BUFFER, tuple(x.shape), dtype=x.dtype, device=x.device)
         return apply_dropout(x, self.positions, out=out)
-
-    def copy_of(self, x: torch.Tensor, workspace: Workspace) -> torch.Tensor:
-        """Return what the adapters see of `x`, where nothing passed over it before."""
-        if self.counter is None:
-            return self.finish(x, None, workspace)
-        return drop_copy(
-            x, self.counter, out=workspace.take(DROPPED_BUFFER, tuple(x.shape), dtype=x.dtype, device=x.device)
-        )
 
     def drop_(self, x: torch.Tensor) -> torch.Tensor:
         """Set what the adapters did not see to zero, in place, in a contiguous `x`."""
@@ -69,7 +55,6 @@ class BlockDropout:
         return x if self.counter is not None else self.drop_(x)
 
 
-def draw_block_dropout(probability: float, *, by_counter: bool) -> BlockDropout:
+def draw_block_dropout(probability: float, *, by_counter: bool, seeds: DropoutSeeds) -> BlockDropout:
     """Return a dropout for one input of one call."""
-    counter = CounterDropout.draw(probability) if by_counter else None
-    return BlockDropout(probability, counter)
+    return BlockDropout(probability, seeds.draw(probability) if by_counter else None)

@@ -6,7 +6,8 @@
 
 The arithmetic is fp32 whatever the dtype of x, with one rounding at the end. y is never kept: the backward of a
 block computes it again from x and r. It may be written into a buffer with wider rows, which leaves room for an
-adapter's columns beside it; a second copy with dropout is the adapter's input.
+adapter's columns beside it; with dropout it is an adapter's input. Where x is a sum, as behind a residual connection,
+the sum is made on the way.
 
 In the backward an adapter's share of grad_y, which saw the dropout, may come apart from the base's:
 
@@ -35,7 +36,7 @@ def rms_norm(
     *,
     eps: float,
     out: torch.Tensor,
-    dropped: torch.Tensor | None = None,
+    addend_: torch.Tensor | None = None,
     dropout: CounterDropout | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -46,8 +47,8 @@ def rms_norm(
         weight_D: (features,).
         eps: Added to the mean square.
         out: Of the shape and dtype of x, strides free but for the features'; may be x itself.
-        dropped: If given, also written: `out` with the elements of `dropout` set to zero.
-        dropout: Belongs to `dropped`.
+        addend_: If given, x is added to it in place, and it is the rounded sum that is normalised.
+        dropout: Sets elements of `out` to zero.
         backend: "auto" (by device), "torch" or "triton".
 
     Returns:
@@ -57,11 +58,10 @@ def rms_norm(
         BackendError: The backend is unknown or cannot run on the device.
     """
     if resolve_backend("rms_norm", backend, x.device) == "torch":
-        return rms_norm_reference(x, weight_D, eps=eps, out=out, dropped=dropped, dropout=dropout)
-    assert_kernel_takes(x, out, dropped)
-    assert dropped is None or dropout is not None
+        return rms_norm_reference(x, weight_D, eps=eps, out=out, addend_=addend_, dropout=dropout)
+    assert_kernel_takes(x, out, addend_)
     r = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    kernels.rms_norm(x, weight_D, eps, r, out, dropped=dropped, dropout=dropout)
+    kernels.rms_norm(x, weight_D, eps, r, out, addend_=addend_, dropout=dropout)
     return r
 
 
@@ -110,16 +110,17 @@ def rms_norm_reference(
     *,
     eps: float,
     out: torch.Tensor,
-    dropped: torch.Tensor | None = None,
+    addend_: torch.Tensor | None = None,
     dropout: CounterDropout | None = None,
 ) -> torch.Tensor:
     """Write the normalised `x` to `out`: the definition, in plain torch on any device."""
+    if addend_ is not None:
+        x = addend_.add_(x)
     wide = x.float() if x.dtype != torch.float64 else x
     r = torch.rsqrt(wide.square().mean(-1) + eps)
     out.copy_(wide * r[..., None] * weight_D.to(wide.dtype))
-    if dropped is not None:
-        assert dropout is not None
-        dropped.copy_(out * keep_mask_reference(x.shape, dropout, device=x.device))
+    if dropout is not None:
+        out.mul_(keep_mask_reference(x.shape, dropout, device=x.device))
     return r
 
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding, in place.
+"""Rotary position embedding, in place or from one layout into another.
 
     y[:, :H/2] = x[:, :H/2] cos - x[:, H/2:] sin        y[:, H/2:] = x[:, H/2:] cos + x[:, :H/2] sin
 
@@ -15,7 +15,7 @@ import torch
 from halfbyte.kernels import rotary as kernels
 from halfbyte.ops.backend import resolve_backend
 
-# T tokens, N heads, H head width
+# B rows, L tokens a row, T = B L tokens, N heads, H head width
 
 
 def rotate_(
@@ -41,13 +41,48 @@ def rotate_(
     """
     if resolve_backend("rotate_", backend, x_TNH.device) == "torch":
         return rotate_reference_(x_TNH, cos_TH, sin_TH, backward=backward)
-    assert x_TNH.stride(2) == 1
-    assert x_TNH.itemsize <= 4
-    assert cos_TH.shape == sin_TH.shape == (x_TNH.shape[0], x_TNH.shape[2])
+    return _rotate_triton(x_TNH[None], cos_TH, sin_TH, out_TNH=x_TNH, backward=backward)
+
+
+def rotate(
+    x_BLNH: torch.Tensor,
+    cos_TH: torch.Tensor,
+    sin_TH: torch.Tensor,
+    *,
+    out_TNH: torch.Tensor,
+    backward: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Write every head of `x_BLNH`, turned by the angles of its token, to `out_TNH`, and return that.
+
+    Args:
+        x_BLNH: (rows, tokens, heads, width), fp32, fp16 or bf16; a head's elements adjacent, other strides free.
+        cos_TH: (rows x tokens, width), both halves equal, any floating dtype, contiguous.
+        sin_TH: As the cosines.
+        out_TNH: (rows x tokens, heads, width); a head's elements adjacent, other strides free.
+        backward: Turn back instead.
+        backend: "auto" (by device), "torch" or "triton".
+
+    Raises:
+        BackendError: The backend is unknown or cannot run on the device.
+    """
+    if resolve_backend("rotate", backend, x_BLNH.device) == "torch":
+        out_TNH.unflatten(0, x_BLNH.shape[:2]).copy_(x_BLNH)
+        return rotate_reference_(out_TNH, cos_TH, sin_TH, backward=backward)
+    return _rotate_triton(x_BLNH, cos_TH, sin_TH, out_TNH=out_TNH, backward=backward)
+
+
+def _rotate_triton(
+    x_BLNH: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor, *, out_TNH: torch.Tensor, backward: bool
+) -> torch.Tensor:
+    assert x_BLNH.stride(3) == out_TNH.stride(2) == 1
+    assert x_BLNH.itemsize <= 4
+    assert x_BLNH.shape[0] * x_BLNH.shape[1] == out_TNH.shape[0]
+    assert cos_TH.shape == sin_TH.shape == (out_TNH.shape[0], out_TNH.shape[2])
     assert cos_TH.is_contiguous()
     assert sin_TH.is_contiguous()
-    kernels.rotate(x_TNH, cos_TH, sin_TH, backward=backward)
-    return x_TNH
+    kernels.rotate(x_BLNH, cos_TH, sin_TH, out_TNH, backward=backward)
+    return out_TNH
 
 
 def rotate_reference_(

@@ -6,7 +6,7 @@
 
 g and u lie side by side in one matrix, as one product wrote them. p is never kept: the backward computes it again on
 the way, for the adapter's gradients, and writes grad_g and grad_u over g and u. The arithmetic is fp32 with one
-rounding each. p may go to a buffer with wider rows, and a second copy of it with dropout is the adapter's input.
+rounding each. p may go to a buffer with wider rows.
 
 On a CPU a matrix passes through in chunks of rows that stay in the cores' caches.
 
@@ -25,34 +25,24 @@ from halfbyte.ops.row_chunks import is_chunked_on_cpu, row_chunks
 # T tokens, F feed-forward width, G = 2 F: gate, then up
 
 
-def swiglu(
-    gate_up_TG: torch.Tensor,
-    *,
-    out_TF: torch.Tensor,
-    dropped_TF: torch.Tensor | None = None,
-    dropout: CounterDropout | None = None,
-    backend: str = "auto",
-) -> torch.Tensor:
+def swiglu(gate_up_TG: torch.Tensor, *, out_TF: torch.Tensor, backend: str = "auto") -> torch.Tensor:
     """Write the gated product to `out_TF`, and return it.
 
     Args:
         gate_up_TG: (tokens, 2 x width), fp32, fp16 or bf16, contiguous.
         out_TF: (tokens, width), rows of any stride.
-        dropped_TF: If given, also written: `out_TF` with the elements of `dropout` set to zero.
-        dropout: Belongs to `dropped_TF`.
         backend: "auto" (by device), "torch" or "triton".
 
     Raises:
         BackendError: The backend is unknown or cannot run on the device.
     """
     if resolve_backend("swiglu", backend, gate_up_TG.device) == "torch":
-        if is_chunked_on_cpu(gate_up_TG) and dropped_TF is None:
-            return _swiglu_cpu(gate_up_TG, out_TF)
-        return swiglu_reference(gate_up_TG, out_TF=out_TF, dropped_TF=dropped_TF, dropout=dropout)
-    assert_kernel_takes(gate_up_TG.chunk(2, dim=1)[0], out_TF, dropped_TF)
+        return (
+            _swiglu_cpu(gate_up_TG, out_TF) if is_chunked_on_cpu(gate_up_TG) else swiglu_reference(gate_up_TG, out_TF)
+        )
+    assert_kernel_takes(gate_up_TG.chunk(2, dim=1)[0], out_TF)
     assert gate_up_TG.is_contiguous()
-    assert dropped_TF is None or dropout is not None
-    kernels.swiglu(gate_up_TG, out_TF, dropped_TF, dropout)
+    kernels.swiglu(gate_up_TG, out_TF)
     return out_TF
 
 
@@ -91,20 +81,10 @@ def swiglu_backward_(
     return gate_up_TG
 
 
-def swiglu_reference(
-    gate_up_TG: torch.Tensor,
-    *,
-    out_TF: torch.Tensor,
-    dropped_TF: torch.Tensor | None = None,
-    dropout: CounterDropout | None = None,
-) -> torch.Tensor:
+def swiglu_reference(gate_up_TG: torch.Tensor, out_TF: torch.Tensor) -> torch.Tensor:
     """Write the gated product to `out_TF`: the definition, in plain torch on any device."""
     gate, up = _widen(gate_up_TG).chunk(2, dim=1)
-    out_TF.copy_(torch.nn.functional.silu(gate) * up)
-    if dropped_TF is not None:
-        assert dropout is not None
-        dropped_TF.copy_(out_TF * keep_mask_reference(out_TF.shape, dropout, device=out_TF.device))
-    return out_TF
+    return out_TF.copy_(torch.nn.functional.silu(gate) * up)
 
 
 def swiglu_backward_reference_(

@@ -7,10 +7,18 @@ import itertools
 import pytest
 import torch
 
-from halfbyte.kernels.counter_dropout import columns_per_program, keep_function, seed_and_threshold
+from halfbyte.kernels.counter_dropout import columns_per_program, dropout_arguments, keep_function
 from halfbyte.ops.counter_dropout import MASK_32, CounterDropout, drop_copy, keep_mask_reference
-from tests.ops.fused_cases import DROPOUT, Place, check_rms_norm, check_rotate, check_swiglu
-from tests.ops.test_counter_dropout import check_add_dropped, check_drop_copy
+from tests.ops.fused_cases import (
+    DROPOUT,
+    Place,
+    check_adapter_inner,
+    check_rms_norm,
+    check_rotate,
+    check_stack_adapters,
+    check_swiglu,
+)
+from tests.ops.test_counter_dropout import check_drop_copy
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -32,7 +40,7 @@ def test_rms_norm_kernels_match_autograd(
 ) -> None:
     place = interpreted(dtype, spare)
     for residual, adapter in itertools.product((False, True), (False, True)):
-        check_rms_norm(shape, dtype, place, dropout=dropout, residual=residual, adapter=adapter)
+        check_rms_norm(shape, dtype, place, dropout=dropout, residual=residual, adapter=adapter, addend=adapter)
 
 
 @DTYPE
@@ -66,15 +74,30 @@ def test_rotate_kernel_matches_autograd(shape: tuple[int, int, int], spare: int,
 def test_counter_dropout_kernels(spare: int, dtype: torch.dtype) -> None:
     for shape in ((1, 1), (5, 64), (2, 1100)):
         check_drop_copy(shape, dtype, interpreted(dtype, spare))
-        check_add_dropped(shape, dtype, interpreted(dtype, spare))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@DROPOUTS
+def test_adapter_inner_kernel(dropout: CounterDropout | None, dtype: torch.dtype) -> None:
+    for shape, ranks in (((1, 7), 1), ((5, 64), 16), ((33, 300), 48), ((70, 130), 17)):
+        check_adapter_inner(shape, ranks, dtype, interpreted(dtype), dropout=dropout)
+
+
+@DTYPE
+@SPARE
+@pytest.mark.parametrize(("rows", "ranks"), [((70,), (4,)), ((48, 32, 16), (4, 0, 8)), ((130, 5, 64), (16, 16, 16))])
+def test_stack_adapters_kernel(rows: tuple[int, ...], ranks: tuple[int, ...], spare: int, dtype: torch.dtype) -> None:
+    check_stack_adapters(70, rows, ranks, dtype, interpreted(dtype, spare))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 77, 2**31 - 1])
 @pytest.mark.parametrize("probability", [2.0**-32, 0.05, 0.5, 0.9, 1 - 2.0**-40])
 def test_the_kernels_mask_is_the_references(seed: int, probability: float) -> None:
-    dropout, x = CounterDropout(seed, probability), torch.ones(8, 1537)
-    out = drop_copy(x, dropout, out=torch.empty_like(x), backend="triton")
-    assert out.equal(keep_mask_reference(x.shape, dropout, device="cpu").float())
+    x = torch.ones(8, 1537)
+    for base in (None, torch.tensor([987654321], dtype=torch.int32)):
+        dropout = CounterDropout(seed, probability, base)
+        out = drop_copy(x, dropout, out=torch.empty_like(x), backend="triton")
+        assert out.equal(keep_mask_reference(x.shape, dropout, device="cpu").float())
 
 
 def test_the_hash_of_large_places_is_that_of_whole_numbers() -> None:
@@ -82,15 +105,15 @@ def test_the_hash_of_large_places_is_that_of_whole_numbers() -> None:
     import triton.language as tl
 
     @triton.jit
-    def keep_kernel(place_ptr, out_ptr, seed, threshold, KEEP: tl.constexpr):
+    def keep_kernel(place_ptr, out_ptr, base_ptr, has_base, seed, threshold, KEEP: tl.constexpr):
         index = tl.arange(0, 1024)
-        kept = KEEP(tl.load(place_ptr + index).to(tl.uint32), seed, threshold)
+        kept = KEEP(tl.load(place_ptr + index).to(tl.uint32), base_ptr, has_base, seed, threshold)
         tl.store(out_ptr + index, kept.to(tl.int32))
 
     places = torch.randint(2**33, (1024,))
     places[:4] = torch.tensor([2**31 - 1, 2**31, MASK_32, 2**32])
     dropout, out = CounterDropout(2**31 - 1, 0.6), torch.empty(1024, dtype=torch.int32)
-    keep_kernel[(1,)](places, out, *seed_and_threshold(dropout), KEEP=keep_function())
+    keep_kernel[(1,)](places, out, *dropout_arguments(dropout, out), KEEP=keep_function())
     assert out.tolist() == [int(hash_of(place, dropout.seed) >= dropout.threshold) for place in places.tolist()]
 
 

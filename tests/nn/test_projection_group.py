@@ -40,7 +40,7 @@ def make_group(layers: list[Projection], *, adapters_ride: bool) -> ProjectionGr
 def forward(group: ProjectionGroup, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x_TE = group.take_input("input", len(x), dtype=x.dtype, device=x.device)
     x_TE[:, :WIDTH] = x
-    return group.forward(x_TE, x, scale=1.0)
+    return group.forward(x_TE, NO_DROPOUT)
 
 
 @RIDE

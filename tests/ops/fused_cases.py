@@ -11,9 +11,12 @@ import dataclasses
 import numpy as np
 import torch
 
+from halfbyte.kernels.adapter_stack import StackMember
+from halfbyte.ops.adapter_inner import adapter_inner
+from halfbyte.ops.adapter_stack import stack_adapters
 from halfbyte.ops.counter_dropout import CounterDropout
 from halfbyte.ops.rms_norm import rms_norm, rms_norm_backward
-from halfbyte.ops.rotary import rotate_
+from halfbyte.ops.rotary import rotate, rotate_
 from halfbyte.ops.swiglu import swiglu, swiglu_backward_
 from tests.oracles import assert_close
 
@@ -75,6 +78,7 @@ def check_rms_norm(
     dropout: CounterDropout | None = None,
     residual: bool = False,
     adapter: bool = False,
+    addend: bool = False,
     out: str = "new",
 ) -> None:
     """Check both directions.
@@ -83,40 +87,41 @@ def check_rms_norm(
         shape: Of x.
         dtype: Of x.
         place: Where.
-        dropout: Of the dropped copy, and of the adapter's gradient.
+        dropout: Of the result, and of the adapter's gradient.
         residual: Whether a gradient goes past the norm.
         adapter: Whether an adapter's gradient is apart.
+        addend: Whether x is one of two terms.
         out: What the results overwrite: "new", "x" (forward), "grad_y" or "residual" (backward).
     """
     x = torch.randn(shape).mul_(torch.rand(*shape[:-1], 1) + 0.5).to(dtype)
     weight = torch.rand(shape[-1]).add_(0.5).to(dtype)
     grads = [torch.randn(shape).to(dtype) for _ in range(3)]
     keep = expected_keep(shape, dropout)
+    weight_there = weight.to(place.device)
+    x_buffer, other = place.put(x), place.put(grads[0])
+    y = x_buffer if out == "x" else place.like(x)
+    terms = {"addend_": other if addend else None, "dropout": dropout}
+    r = rms_norm(x_buffer, weight_there, eps=EPS, out=y, backend=place.backend, **terms)
+    if addend:
+        place.check("sum", x.double() + grads[0].double(), other)
+        x = other.cpu().clone()
+    width = shape[-1]
     x64 = x.clone().double().requires_grad_()
     y64 = torch.nn.functional.rms_norm(x64, shape[-1:], weight.double(), EPS)
     grad64 = grads[0].double() + (grads[1].double() * keep if adapter else 0)
     (exact,) = torch.autograd.grad(y64, x64, grad64)
     exact = exact + grads[2].double() if residual else exact
-
-    weight = weight.to(place.device)
-    x_buffer = place.put(x)
-    y = x_buffer if out == "x" else place.like(x)
-    dropped = None if dropout is None else place.like(x)
-    r = rms_norm(x_buffer, weight, eps=EPS, out=y, dropped=dropped, dropout=dropout, backend=place.backend)
-    width = shape[-1]
     r64 = torch.rsqrt(x64.detach().square().mean(-1) + EPS)
     assert_close("r", r64, r, dtype=torch.float32, roundings=4, reduction_length=width)
-    place.check("y", y64.detach(), y, reduction_length=width)
-    if dropped is not None:
-        assert dropped.equal(y * keep.to(y))
-        assert_untouched_beside(dropped)
+    place.check("y", y64.detach() * keep, y, reduction_length=width)
+    assert not y.cpu()[keep == 0].any()
 
     grad_y, grad_adapter, past = (place.put(grad) for grad in grads)
     target = {"grad_y": grad_y, "residual": past}.get(out)
     grad_x = rms_norm_backward(
         grad_y,
         place.put(x),
-        weight,
+        weight_there,
         r,
         out=place.like(x) if target is None else target,
         residual=past if residual else None,
@@ -148,13 +153,8 @@ def check_swiglu(
 
     gate_up = gate_up.to(place.device)
     out = place.like(grads[0])
-    dropped = None if dropout is None else place.like(grads[0])
-    returned = swiglu(gate_up, out_TF=out, dropped_TF=dropped, dropout=dropout, backend=place.backend)
-    assert returned is out
+    assert swiglu(gate_up, out_TF=out, backend=place.backend) is out
     place.check("product", exact.detach(), out)
-    if dropped is not None:
-        assert dropped.equal(out * keep.to(out))
-        assert_untouched_beside(dropped)
 
     grad_p, grad_adapter = (place.put(grad) for grad in grads)
     again = {"none": None, "new": place.like(grads[0]), "adapter": grad_adapter}[product]
@@ -191,3 +191,46 @@ def check_rotate(
     assert rotate_(turned, cos, sin, backend=place.backend) is turned
     place.check("turned", exact.detach(), turned)
     place.check("turned back", exact_grad, rotate_(place.put(grad), cos, sin, backward=True, backend=place.backend))
+    # Rows of tokens, heads before tokens, as a kernel of attention leaves its gradients.
+    rows = 1 if shape[0] % 2 else 2
+    heads_first = grad.unflatten(0, (rows, -1)).transpose(1, 2).contiguous().to(place.device).transpose(1, 2)
+    moved = place.like(grad)
+    rotate(heads_first, cos, sin, out_TNH=moved, backward=True, backend=place.backend)
+    place.check("turned back elsewhere", exact_grad, moved)
+
+
+def check_adapter_inner(
+    shape: tuple[int, int], ranks: int, dtype: torch.dtype, place: Place, *, dropout: CounterDropout | None = None
+) -> None:
+    """Check the product, written twice."""
+    x, A = torch.randn(shape).to(dtype), torch.randn(ranks, shape[1]).to(dtype)
+    exact = 1.7 * (x.double() * expected_keep(shape, dropout)) @ A.double().T
+    also = place.like(torch.zeros(shape[0], ranks, dtype=dtype))
+    u = adapter_inner(place.put(x), A.to(place.device), scale=1.7, also_TR=also, dropout=dropout, backend=place.backend)
+    # The reference in plain torch rounds the product before it is scaled.
+    roundings = 6 if dtype == torch.float32 else place.roundings + (place.backend == "torch")
+    assert_close("u", exact, u, dtype=dtype, roundings=roundings, reduction_length=shape[1])
+    assert also.equal(u)
+    assert_untouched_beside(also)
+
+
+def check_stack_adapters(
+    width: int, rows: tuple[int, ...], ranks: tuple[int, ...], dtype: torch.dtype, place: Place
+) -> None:
+    """Check places and zeros; a projection of rank 0 has no adapter."""
+    members, expected, first_row, first_rank = [], torch.zeros(sum(rows), sum(ranks) + 3, dtype=dtype), 0, 0
+    for num_rows, rank in zip(rows, ranks, strict=True):
+        A, B = torch.randn(rank, width), torch.randn(num_rows, rank)
+        if rank:
+            places = {"first_row": first_row, "first_rank": first_rank, "scaling": 0.5 + rank}
+            members.append(StackMember(A.to(place.device), B.to(place.device), **places))
+        expected[first_row : first_row + num_rows, first_rank : first_rank + rank] = (B * (0.5 + rank)).to(dtype)
+        first_row, first_rank = first_row + num_rows, first_rank + rank
+    stack, columns = torch.full((first_rank + 2, width), 7.0, dtype=dtype).to(place.device), place.like(expected)
+    stack_adapters(members, A_RD=stack, columns_FR=columns, backend=place.backend)
+    place.check("columns", expected.double(), columns)
+    assert columns.cpu().ne(0).equal(expected.ne(0))
+    place.check("stack", torch.cat([m.A_rD.double().cpu() for m in members]), stack[:first_rank].clone())
+    assert (stack[first_rank:] == 7).all()
+    stack_adapters(members, A_RD=None, columns_FR=columns, backend=place.backend)
+    place.check("columns again", expected.double(), columns)

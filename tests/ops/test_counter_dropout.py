@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halfbyte.ops.counter_dropout import CounterDropout, add_dropped_, drop_copy, keep_mask_reference
+from halfbyte.ops.counter_dropout import CounterDropout, DropoutSeeds, drop_copy, keep_mask_reference
 from tests.ops.fused_cases import DROPOUT, Place, assert_untouched_beside, expected_keep
 
 DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -46,18 +46,38 @@ def test_rows_columns_and_seeds_are_independent() -> None:
 
 
 def test_draw_follows_the_seed_of_torch() -> None:
+    seeds = DropoutSeeds()
     torch.manual_seed(3)
-    first, second = CounterDropout.draw(0.1), CounterDropout.draw(0.1)
+    first, second = seeds.draw(0.1), seeds.draw(0.1)
     torch.manual_seed(3)
-    assert CounterDropout.draw(0.1) == first != second
-    assert CounterDropout.draw(0.0) is None
+    assert seeds.draw(0.1) == first != second
+    assert seeds.draw(0.0) is None
+
+
+def test_seeds_with_a_base_count_from_its_start_and_flip_with_it() -> None:
+    seeds, base = DropoutSeeds(), torch.tensor([12345], dtype=torch.int32)
+    seeds.start(base)
+    first, second = seeds.draw(0.1), seeds.draw(0.1)
+    seeds.start(base)
+    again = seeds.draw(0.1)
+    assert first is not None
+    assert second is not None
+    assert again is not None
+    assert again.seed == first.seed != second.seed
+    mask = keep_mask_reference((40, 50), first, device="cpu")
+    assert mask.equal(keep_mask_reference((40, 50), CounterDropout(first.seed ^ 12345, 0.1), device="cpu"))
+    base.fill_(54321)
+    assert not mask.equal(keep_mask_reference((40, 50), first, device="cpu"))
+    seeds.start(None)
+    drawn = seeds.draw(0.1)
+    assert drawn is not None
+    assert drawn.base is None
 
 
 @DTYPE
-def test_drop_copy_and_add_dropped(dtype: torch.dtype) -> None:
+def test_drop_copy(dtype: torch.dtype) -> None:
     for shape in ((1, 1), (5, 64), (7, 33)):
         check_drop_copy(shape, dtype, Place())
-        check_add_dropped(shape, dtype, Place())
 
 
 @pytest.mark.gpu
@@ -66,16 +86,17 @@ def test_drop_copy_and_add_dropped(dtype: torch.dtype) -> None:
 def test_counter_dropout_kernels_on_a_gpu(spare: int, dtype: torch.dtype) -> None:
     for shape in ((1, 1), (5, 64), (33, 576), (17, 4096), (3, 11008)):
         check_drop_copy(shape, dtype, Place("triton", "cuda", spare=spare))
-        check_add_dropped(shape, dtype, Place("triton", "cuda", spare=spare))
 
 
 @pytest.mark.gpu
 @SEED
 @PROBABILITY
 def test_the_kernels_mask_on_a_gpu_is_the_references(seed: int, probability: float) -> None:
-    dropout, x = CounterDropout(seed, probability), torch.ones(3000, 1537, device="cuda")
-    expected = keep_mask_reference(x.shape, dropout, device="cuda")
-    assert drop_copy(x, dropout, out=torch.empty_like(x), backend="triton").equal(expected.float())
+    x = torch.ones(3000, 1537, device="cuda")
+    for base in (None, torch.tensor([987654321], dtype=torch.int32, device="cuda")):
+        dropout = CounterDropout(seed, probability, base)
+        expected = keep_mask_reference(x.shape, dropout, device="cuda")
+        assert drop_copy(x, dropout, out=torch.empty_like(x), backend="triton").equal(expected.float())
 
 
 @pytest.mark.gpu
@@ -94,10 +115,3 @@ def check_drop_copy(shape: tuple[int, int], dtype: torch.dtype, place: Place) ->
     assert drop_copy(x_buffer, DROPOUT, out=x_buffer, backend=place.backend).equal(expected)
     assert_untouched_beside(out)
     assert_untouched_beside(x_buffer)
-
-
-def check_add_dropped(shape: tuple[int, int], dtype: torch.dtype, place: Place) -> None:
-    x, y = (torch.randn(shape).to(dtype) for _ in range(2))
-    x_buffer = place.put(x)
-    assert add_dropped_(x_buffer, place.put(y), DROPOUT, backend=place.backend) is x_buffer
-    place.check("x", x.double() + y.double() * expected_keep(shape, DROPOUT), x_buffer)

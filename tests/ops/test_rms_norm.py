@@ -22,7 +22,8 @@ SHAPE = pytest.mark.parametrize("shape", [(5, 64), (33, 576), (17, 4096), (3, 11
 def test_rms_norm_and_its_gradient_match_autograd(
     shape: tuple[int, ...], residual: bool, adapter: bool, dropout: CounterDropout | None, dtype: torch.dtype
 ) -> None:
-    check_rms_norm(shape, dtype, Place(), dropout=dropout, residual=residual, adapter=adapter)
+    for addend in (False, True):
+        check_rms_norm(shape, dtype, Place(), dropout=dropout, residual=residual, adapter=adapter, addend=addend)
 
 
 @DTYPE
@@ -57,7 +58,7 @@ def test_rms_norm_kernel_on_a_gpu_matches_autograd(spare: int, shape: tuple[int,
     place = Place("triton", "cuda", spare=spare)
     check_rms_norm(shape, dtype, place)
     check_rms_norm(shape, dtype, place, residual=True)
-    check_rms_norm(shape, dtype, place, adapter=True)
+    check_rms_norm(shape, dtype, place, adapter=True, addend=True)
     check_rms_norm(shape, dtype, place, dropout=DROPOUT, residual=True, adapter=True)
     for out in ("x", "grad_y", "residual"):
         check_rms_norm(shape, dtype, place, dropout=DROPOUT, residual=True, adapter=True, out=out)
@@ -70,3 +71,4 @@ def test_rms_norm_kernel_on_a_gpu_takes_rows_of_any_width(shape: tuple[int, ...]
     for out in ("x", "grad_y", "residual"):
         place = Place("triton", "cuda")
         check_rms_norm(shape, dtype, place, dropout=DROPOUT, residual=True, adapter=True, out=out)
+        check_rms_norm(shape, dtype, place, dropout=DROPOUT, addend=True, out=out)
