@@ -69,6 +69,8 @@ class TrainSection:
     """true is model.dtype=float16 by its usual name."""
     fused: bool = True
     """Let fused blocks compute Llama, Mistral, Qwen2, Qwen3 and SmolLM3 layers. The result is the same but faster."""
+    cuda_graphs: bool = True
+    """On a GPU, launch all kernels of a micro-batch at once, as a graph. Needs fused blocks."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Compute activations again in the backward pass instead of keeping them. auto: where they would not fit."""
     group_by_length: bool = False

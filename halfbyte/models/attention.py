@@ -43,6 +43,7 @@ from torch.nn import functional
 from halfbyte.errors import ConfigError
 
 PACKED_ATTENTION = "halfbyte"
+MAX_VARLEN_WIDTH = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,9 @@ class DocumentLayout:
     runs: tuple[tuple[int, int], ...]
     """(number of documents, tokens of each) of neighbours of equal length, in order."""
     max_length: int
-    """Tokens of the longest document."""
+    """Tokens of the longest document, or more."""
+    is_fixed: bool = True
+    """Whether work may be planned by `runs`; otherwise only the boundaries on the device count."""
 
     @classmethod
     def from_boundaries(cls, boundaries: list[int]) -> DocumentLayout:
@@ -119,10 +122,10 @@ def packed_attention_forward(
     )
     boundaries = kwargs["cu_seq_lens_q"]
     layout = kwargs.get("document_layout") or DocumentLayout.from_boundaries(boundaries.tolist())
-    if layout.runs == ((rows, tokens),):
+    if layout.is_fixed and layout.runs == ((rows, tokens),):
         return attend.causal(query_BNTH, key_BNTH, value_BNTH).transpose(1, 2).contiguous(), None
     flat = [t.transpose(1, 2).flatten(0, 1) for t in (query_BNTH, key_BNTH, value_BNTH)]
-    if len(layout.runs) > 1 and attend.varlen_fits(query_BNTH):
+    if (len(layout.runs) > 1 or not layout.is_fixed) and attend.varlen_fits(query_BNTH):
         out_TNH = attend.varlen(*flat, boundaries=boundaries, max_length=layout.max_length)
     else:
         out_TNH = attend.by_runs(*flat, runs=layout.runs)
@@ -149,7 +152,7 @@ class _Attend:
         return (
             query.is_cuda
             and query.dtype in (torch.float16, torch.bfloat16)
-            and query.shape[-1] <= 256
+            and query.shape[-1] <= MAX_VARLEN_WIDTH
             and not self.by_products
             and self.dropout == 0
             and varlen_attention() is not None
@@ -280,6 +283,12 @@ def fastest_kernel_first() -> AbstractContextManager[None]:
 
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return sdpa_kernel(order, set_priority=True)
+
+
+def has_varlen_attention(config: Any, dtype: torch.dtype) -> bool:
+    """Say whether documents of a model on a GPU are told apart by boundaries on the device, whatever their lengths."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return dtype in (torch.float16, torch.bfloat16) and width <= MAX_VARLEN_WIDTH and varlen_attention() is not None
 
 
 @functools.cache

@@ -114,7 +114,7 @@ def move_batch(batch: Mapping[str, Any], device: torch.device) -> Batch:
 
     Where the trained tokens are is looked up here, on the host, so that the loss need not ask the device for it.
     """
-    trained = find_trained_tokens(batch["labels"].flatten())
+    trained = batch["trained"] if "trained" in batch else find_trained_tokens(batch["labels"].flatten())
     if device.type == "cuda":
         trained = trained.pin_memory()
     return {

@@ -86,10 +86,6 @@ class StepGuard:
             self._flag = torch.zeros((), dtype=torch.bool, pin_memory=True)
             self._copied = torch.cuda.Event()
 
-    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
-        """Return what to call backward on."""
-        return loss if self.scaler is None else loss * self.scaler.scale
-
     def see_loss(self, loss: torch.Tensor, origins: Sequence[str], *, step: int) -> None:
         """Note the loss of a micro-batch of the step numbered `step`, and where its examples came from.
 

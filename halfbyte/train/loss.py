@@ -56,7 +56,7 @@ class LossPath:
             else f"loss: whole logits of every batch, which takes memory, because {why_not}"
         )
 
-    def __call__(self, batch: Mapping[str, Any], *, num_items: float | None = None) -> torch.Tensor:
+    def __call__(self, batch: Mapping[str, Any], *, num_items: float | torch.Tensor | None = None) -> torch.Tensor:
         """Return the summed cross-entropy of the trained tokens over `num_items`, by default their number.
 
         Args:

@@ -72,6 +72,7 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
             base_model=config.model.path,
             lora=spec,
             fused=config.train.fused,
+            cuda_graphs=config.train.cuda_graphs,
         ),
     )
     for line in (*trainer.notes, trainer.describe_plan(), f"writing to {folder}"):

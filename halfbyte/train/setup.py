@@ -47,6 +47,7 @@ NOT_ARGUMENTS = {
     "eval_steps",
     "save_steps",
     "fused",
+    "cuda_graphs",
 }
 
 

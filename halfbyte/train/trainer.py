@@ -55,6 +55,7 @@ from halfbyte.train.evaluate import HeldOut, evaluate_loss
 from halfbyte.train.guard import DivergedError, LossScaler, StepGuard
 from halfbyte.train.loss import LossPath
 from halfbyte.train.meter import Meter
+from halfbyte.train.micro_batch import MicroBatches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +70,8 @@ class TrainerOptions:
     """How the adapters were attached, written likewise; None reads it off the model."""
     fused: bool = True
     """Let fused blocks compute the decoder layers, where all of them fit."""
+    cuda_graphs: bool = True
+    """On a GPU, launch the kernels of a micro-batch through fused blocks as one graph."""
 
 
 class HalfbyteTrainer(Trainer):
@@ -152,6 +155,9 @@ class HalfbyteTrainer(Trainer):
             on, note = choose_checkpointing(model, self.loss_path, wanted=args.checkpointing, num_tokens=num_tokens)
         args.set_checkpointing(on)
         self.notes.append(note)
+        self.micro_batches = MicroBatches(model, self.loss_path, as_graphs=options.cuda_graphs)
+        if self.micro_batches.as_graphs:
+            self.notes.append("kernels of a micro-batch: launched as one graph, from the second of each shape on")
 
     def batch_options(self) -> BatchOptions:
         """Return how examples become batches in this run."""
@@ -212,11 +218,9 @@ class HalfbyteTrainer(Trainer):
         if not model.training:
             model.train()
         self.meter.count(inputs)
-        batch = move_batch(inputs, self.model_device)
-        loss = self.loss_path(batch, num_items=num_items_in_batch)
-        self.guard.see_loss(loss, batch["origins"], step=self.state.global_step + 1)
-        self.guard.scaled(loss).backward()
-        return loss.detach()
+        see = functools.partial(self.guard.see_loss, origins=inputs["origins"], step=self.state.global_step + 1)
+        factor = None if self.scaler is None else self.scaler.scale
+        return self.micro_batches.run(inputs, num_items=num_items_in_batch, factor=factor, watch=see)
 
     def compute_loss(
         self,
@@ -256,6 +260,8 @@ class HalfbyteTrainer(Trainer):
         except DivergedError as error:
             self.save_model()
             raise DivergedError(f"{error}. The adapter as it was before is kept in {self.args.output_dir}") from error
+        finally:
+            self.micro_batches.release()
         self.save_model()
         return result
 

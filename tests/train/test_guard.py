@@ -48,7 +48,6 @@ def test_step_guard_scales_the_loss_and_skips_overflow(name: str) -> None:
     guard = StepGuard(optimizers[0], max_norm=0.3, scaler=scaler)
     for step in range(1, 4):
         scale = scaler.scale.item()
-        assert guard.scaled(torch.tensor(2.0)).item() == 2 * scale
         set_gradients(ours, seed=step, factor=scale)
         set_gradients(theirs, seed=step)
         if step == 2:

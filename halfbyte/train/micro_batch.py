@@ -1,0 +1,219 @@
+"""Loss and gradients of a micro-batch; on a GPU as one graph of kernels, launched at once.
+
+A step of a small model, or of a large one on a fast card, waits for the host: some thousand kernels, each of which
+takes Python and the driver longer to launch than the card to run. Where fused blocks compute a model, the kernels of a
+micro-batch depend on its shape alone, so that they are recorded once and launched again with other numbers in the same
+places, a CUDA graph. What changes from one micro-batch to the next is read from the device:
+
+    tokens, labels, positions, document boundaries      copied into the recorded places
+    which tokens are trained                            as indices, filled up with a token that is not
+    trained tokens of the whole step                    one number
+    dropout                                             one number that flips all seeds
+
+Micro-batches of a shape share a graph: numbers of trained tokens are rounded up to eighths, numbers of documents to
+powers of two, with empty documents at the end. A shape is recorded when it comes for the second time, until there are
+MAX_GRAPHS; everything else is launched kernel by kernel, which computes the same.
+
+Gradients are added to buffers that stay where they are. Graphs share one pool of memory; it is as large as what the
+same micro-batch takes without. If both do not fit, a micro-batch without a graph lets the graphs go first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from halfbyte.models.attention import PACKED_ATTENTION, DocumentLayout, has_varlen_attention
+from halfbyte.models.fused_layers import dropout_seeds_of, iter_fused_layers
+from halfbyte.models.packed_inputs import compute_dtype_of
+from halfbyte.nn import iter_trainable
+from halfbyte.ops.cross_entropy import IGNORED_LABEL
+from halfbyte.train.activations import free_bytes
+from halfbyte.train.batches import Batch, move_batch
+from halfbyte.train.loss import LossPath
+
+MAX_GRAPHS = 12
+MIN_DOCUMENTS = 16
+TRAINED_STEPS = 8
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Shape:
+    """What a graph is made for."""
+
+    rows: int
+    tokens: int
+    num_trained: int
+    num_boundaries: int
+    """0 where rows are whole documents."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Recorded:
+    graph: torch.cuda.CUDAGraph
+    inputs: Batch
+    loss: torch.Tensor
+
+
+class MicroBatches:
+    """Computes the micro-batches of one training.
+
+    Args:
+        model: In the form in which it is trained.
+        loss_path: How its loss is computed.
+        as_graphs: Whether to record them where that is possible: fused blocks on a GPU, with our packed attention.
+    """
+
+    def __init__(self, model: PreTrainedModel, loss_path: LossPath, *, as_graphs: bool) -> None:
+        self.model, self.loss_path = model, loss_path
+        self.device = next(model.parameters()).device
+        is_fused = any(True for _ in iter_fused_layers(model))
+        on_gpu, attention = self.device.type == "cuda", model.config._attn_implementation
+        self.as_graphs = as_graphs and is_fused and on_gpu and loss_path.chunked and attention == PACKED_ATTENTION
+        self.parameters = [parameter for _, parameter in iter_trainable(model)]
+        self.seeds = dropout_seeds_of(model) if is_fused and on_gpu else None
+        self._base = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self._num_items = torch.ones((), device=self.device)
+        self._gradients: list[torch.Tensor] = []
+        self._seen: set[_Shape] = set()
+        self._graphs: dict[_Shape, _Recorded] = {}
+        self._addresses: tuple[int, ...] = ()
+        self._pool_bytes = 0
+
+    def run(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        num_items: float | None,
+        factor: torch.Tensor | None = None,
+        watch: Callable[[torch.Tensor], None] = lambda loss: None,
+    ) -> torch.Tensor:
+        """Add the gradients of a micro-batch to those of the parameters, and return its loss.
+
+        Args:
+            batch: As the loader gives it.
+            num_items: Trained tokens of the whole step.
+            factor: Of the loss before its backward, for fp16, which is never recorded.
+            watch: Is shown the loss, before the backward where there is no graph.
+        """
+        if self.seeds is not None:
+            # Drawn on the host: nothing waits, and what is drawn does not depend on whether there is a graph.
+            self._base.fill_(int(torch.randint(2**31, (), device="cpu")))
+            self.seeds.start(self._base)
+        try:
+            if not self.as_graphs or factor is not None or num_items is None:
+                loss = self.loss_path(move_batch(batch, self.device), num_items=num_items)
+                watch(loss)
+                (loss if factor is None else loss * factor).backward()
+                return loss.detach()
+            self._num_items.fill_(num_items)
+            loss = self._run_recorded(batch)
+            watch(loss)
+            return loss
+        finally:
+            if self.seeds is not None:
+                self.seeds.start(None)
+
+    def release(self) -> None:
+        """Let all graphs go, and their memory."""
+        if self._graphs:
+            self._graphs.clear()
+            self._pool_bytes = 0
+            torch.cuda.empty_cache()
+
+    def _run_recorded(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        self._place_gradients()
+        padded = pad_micro_batch(batch)
+        shape = _shape_of(padded)
+        recorded = self._graphs.get(shape)
+        if recorded is None:
+            if shape not in self._seen or len(self._graphs) == MAX_GRAPHS or not self._is_recordable(shape):
+                self._seen.add(shape)
+                self._make_room()
+                loss = self.loss_path(move_batch(padded, self.device), num_items=self._num_items)
+                loss.backward()
+                return loss.detach()
+            recorded = self._graphs[shape] = self._record(padded)
+        for name, target in recorded.inputs.items():
+            if isinstance(target, torch.Tensor):
+                target.copy_(padded[name].pin_memory(), non_blocking=True)
+        recorded.graph.replay()
+        return recorded.loss.clone()
+
+    def _is_recordable(self, shape: _Shape) -> bool:
+        """Say whether nothing that the host plans depends on more than the shape."""
+        return not shape.num_boundaries or has_varlen_attention(self.model.config, compute_dtype_of(self.model))
+
+    def _make_room(self) -> None:
+        # What graphs have reserved and do not use at the moment counts as free, but is free to them alone.
+        if self._graphs and free_bytes(self.device) < 2 * self._pool_bytes:
+            self.release()
+
+    def _record(self, padded: Batch) -> _Recorded:
+        inputs = move_batch(padded, self.device)
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(self.device)
+        graph = torch.cuda.CUDAGraph()
+        pool = next((recorded.graph.pool() for recorded in self._graphs.values()), None)
+        assert self.seeds is not None
+        self.seeds.start(self._base)
+        with torch.cuda.graph(graph, pool=pool):
+            loss = self.loss_path(inputs, num_items=self._num_items)
+            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            pairs = [(sum_, g) for sum_, g in zip(self._gradients, gradients, strict=True) if g is not None]
+            torch._foreach_add_([sum_ for sum_, _ in pairs], [g for _, g in pairs])
+        del gradients, pairs
+        self._pool_bytes += max(torch.cuda.memory_reserved(self.device) - before, 0)
+        return _Recorded(graph, inputs, loss.detach())
+
+    def _place_gradients(self) -> None:
+        """Have gradients summed where graphs add to them, from zero where the optimizer has taken them away."""
+        addresses = tuple(parameter.data_ptr() for parameter in self.parameters)
+        if addresses != self._addresses:
+            # Parameters have moved: what is recorded reads other memory.
+            self.release()
+            self._addresses = addresses
+            self._gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
+        if all(p.grad is g for p, g in zip(self.parameters, self._gradients, strict=True)):
+            return
+        torch._foreach_zero_(self._gradients)
+        for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
+            if parameter.grad is not None:
+                gradient.copy_(parameter.grad)
+            parameter.grad = gradient
+
+
+def pad_micro_batch(batch: Mapping[str, Any]) -> Batch:
+    """Return a micro-batch with the numbers of trained tokens and of documents rounded up; the loss is the same.
+
+    Args:
+        batch: On the host; see `halfbyte.train.batches`.
+    """
+    padded = dict(batch)
+    labels_T = batch["labels"].flatten()
+    step = max(labels_T.numel() // TRAINED_STEPS, 1)
+    trained = (labels_T != IGNORED_LABEL).nonzero().squeeze(1)
+    wanted = min(-(-trained.numel() // step) * step, labels_T.numel())
+    if wanted > trained.numel():
+        other = (labels_T == IGNORED_LABEL).nonzero()[0]
+        trained = torch.cat([trained, other.expand(wanted - trained.numel())])
+    padded["trained"] = trained
+    layout, boundaries = batch.get("document_layout"), batch.get("cu_seq_lens")
+    if layout is not None and boundaries is not None and layout.runs != (tuple(batch["input_ids"].shape),):
+        num_documents = max(MIN_DOCUMENTS, 1 << (boundaries.numel() - 2).bit_length())
+        empty = boundaries[-1:].expand(num_documents + 1 - boundaries.numel())
+        padded["cu_seq_lens"] = torch.cat([boundaries, empty])
+        padded["document_layout"] = DocumentLayout(layout.runs, batch["input_ids"].shape[1], is_fixed=False)
+    return padded
+
+
+def _shape_of(padded: Mapping[str, Any]) -> _Shape:
+    rows, tokens = padded["input_ids"].shape
+    layout = padded.get("document_layout")
+    is_fixed = layout is None or layout.is_fixed
+    return _Shape(rows, tokens, padded["trained"].numel(), 0 if is_fixed else padded["cu_seq_lens"].numel())
