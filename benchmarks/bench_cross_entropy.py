@@ -1,8 +1,9 @@
 """The loss of a large vocabulary and its gradient: in chunks, and with whole logits.
 
 Hidden states and head in the compute dtype that halfbyte chooses on this machine, the head frozen. On a CPU the head
-of SmolLM2-135M (49,152 words, width 576) with 2048 tokens, on a GPU that of a Llama-3-8B (128,256 words, width 4096)
-with 4096. `ms` is the median of a forward and a backward; `peak_mib` (GPU) is what they allocate on the way.
+of SmolLM2-135M (49,152 words, width 576) with 2048 tokens, on a GPU those of a Llama-2-7B (32,000 words) and of a
+Llama-3-8B (128,256), width 4096, with 4096 tokens. `ms` is the median of a forward and a backward; `peak_mib` (GPU) is
+what they allocate on the way.
 """
 
 from __future__ import annotations
@@ -17,35 +18,41 @@ from halfbyte.device import default_compute_dtype
 from halfbyte.ops.cross_entropy import chunked_cross_entropy, cross_entropy_reference
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# Tokens, width, vocabulary.
+CPU_SIZES = [(2048, 576, 49_152)]
+GPU_SIZES = [(4096, 4096, 32_000), (4096, 4096, 128_256)]
 
 
 def rows(device: torch.device) -> Iterator[dict[str, object]]:
-    """Yield one measurement for each share of trained tokens and implementation."""
-    tokens, width, words = (4096, 4096, 128_256) if device.type == "cuda" else (2048, 576, 49_152)
+    """Yield one measurement for each head, share of trained tokens and implementation."""
     dtype = default_compute_dtype(device)
-    hidden = torch.randn(tokens, width, device=device, dtype=dtype).requires_grad_()
-    weight = torch.randn(words, width, device=device, dtype=dtype) * width**-0.5
-    for share in (1.0, 0.3):
-        labels = torch.randint(0, words, (tokens,), device=device)
-        labels[torch.rand(tokens, device=device) >= share] = -100
-        for name, loss in implementations(device):
-            milliseconds, peak_mib = measure(loss, hidden, weight, labels)
-            yield {
-                "loss": name,
-                "trained": share,
-                "tokens": tokens,
-                "words": words,
-                "dtype": str(dtype).removeprefix("torch."),
-                "ms": round(milliseconds, 2),
-                "peak_mib": peak_mib,
-            }
+    for tokens, width, words in GPU_SIZES if device.type == "cuda" else CPU_SIZES:
+        hidden = torch.randn(tokens, width, device=device, dtype=dtype).requires_grad_()
+        weight = torch.randn(words, width, device=device, dtype=dtype) * width**-0.5
+        for share in (1.0, 0.3):
+            labels = torch.randint(0, words, (tokens,), device=device)
+            labels[torch.rand(tokens, device=device) >= share] = -100
+            for name, loss in implementations(device):
+                milliseconds, peak_mib = measure(loss, hidden, weight, labels)
+                yield {
+                    "loss": name,
+                    "trained": share,
+                    "tokens": tokens,
+                    "words": words,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "ms": round(milliseconds, 2),
+                    "peak_mib": peak_mib,
+                }
 
 
 def implementations(device: torch.device) -> Iterator[tuple[str, Loss]]:
     """Yield name and function of each way to the loss."""
-    yield "chunked", chunked_cross_entropy
-    for chunk_tokens in (1024, 4096) if device.type == "cuda" else (64, 128, 256, 512):
-        yield f"chunks of {chunk_tokens}", functools.partial(chunked_cross_entropy, chunk_tokens=chunk_tokens)
+    is_gpu = device.type == "cuda"
+    for backend in ("triton", "torch") if is_gpu else ("torch",):
+        chunked = functools.partial(chunked_cross_entropy, backend=backend)
+        yield f"chunked, {backend}", chunked
+        for chunk_tokens in (1024, 4096) if is_gpu else (64, 128, 256, 512):
+            yield f"chunks of {chunk_tokens}, {backend}", functools.partial(chunked, chunk_tokens=chunk_tokens)
     yield "whole logits", cross_entropy_reference
 
 

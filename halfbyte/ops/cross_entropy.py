@@ -11,18 +11,19 @@ the gradient of the chunk is computed at once, in place of its logits:
 so the forward leaves the loss and the gradient of the hidden states, and the backward only multiplies by
 grad_output / N. Not dividing by N earlier is what keeps fp16 gradients out of the subnormal numbers.
 
-Two sizes, because products want many tokens and caches few: the head is multiplied with a chunk at a time, and what
-lies between its two products, a dozen elementwise passes in fp32, goes over the chunk in blocks of a few tokens that
-stay in the cores' own caches. On a GPU a block is the whole chunk.
+What lies between a chunk's two products is one kernel on a GPU (`halfbyte.kernels.cross_entropy`). In torch it is a
+dozen elementwise passes in fp32, and there are two sizes, because products want many tokens and caches few: the passes
+go over the chunk in blocks of a few tokens that stay in a CPU's own caches. On a GPU a block is the whole chunk.
 
 Only tokens with a label touch the head. N (`num_items`) is the number of trained tokens of the whole accumulated
 batch: with it the sum over micro-batches is the mean over tokens, however unevenly they are spread.
 
 Dtypes: products in the dtype of the hidden states, softmax and loss in fp32, gradients of head weight and bias
-accumulated in fp32.
+accumulated in fp32. fp64 is taken by torch alone, and is fp64 throughout.
 
 Price: a forward under grad computes the gradient even if no backward follows, so evaluate under no_grad. No second
-derivative. Unless the caller says where the trained tokens are, finding them waits for the device once a call.
+derivative. Unless the caller says where the trained tokens are, finding them waits for the device once a call. Told
+where they are, nothing waits, and a CUDA graph can capture the call and its backward.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ from typing import Any, Literal
 
 import torch
 from torch.autograd.function import once_differentiable
+
+from halfbyte.errors import BackendError
+from halfbyte.kernels import cross_entropy as kernels
+from halfbyte.ops.backend import resolve_backend
 
 # T tokens, D model width, V vocabulary, C tokens of a chunk, B tokens of a block
 
@@ -43,15 +48,18 @@ GPU_CHUNK_BYTES = 2**28
 MIN_CHUNK_TOKENS = 128
 # The logits of a block, in fp32.
 BLOCK_BYTES_PER_THREAD = 2**20
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Logits:
-    """How logits follow from hidden states."""
+    """How logits follow from hidden states, and what computes them."""
 
     chunk_tokens: int | Literal["auto"]
     softcap: float | None
     scale: float
+    backend: str
+    """As resolved."""
 
 
 def chunked_cross_entropy(
@@ -65,6 +73,7 @@ def chunked_cross_entropy(
     logit_scale: float = 1.0,
     head_bias: torch.Tensor | None = None,
     trained: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Return the summed cross-entropy of the trained tokens over `num_items`, in fp32.
 
@@ -72,15 +81,24 @@ def chunked_cross_entropy(
         hidden_TD: (tokens, width), what the head is applied to.
         head_weight_VD: (vocabulary, width).
         labels_T: (tokens,) int64, the word that each token should predict (already shifted); -100 where not trained.
-        num_items: What the sum is divided by; the number of trained tokens unless given.
+        num_items: What the sum is divided by; the number of trained tokens unless given. A tensor is not waited for.
         chunk_tokens: Tokens whose logits exist at a time.
         softcap: Logits are squeezed into (-softcap, softcap), as Gemma 2 does.
         logit_scale: Factor of the logits, as Cohere and Granite have it.
         head_bias: (vocabulary,).
-        trained: Indices of the tokens whose label is not -100, int64 on the same device, for callers that know them
-            without asking the device.
+        trained: Indices of the tokens whose label is not -100, int64 on the same device, each once, for callers that
+            know them without asking the device. A captured graph wants as many at each replay: indices of tokens
+            whose label is -100 may stand among them, any number of times, and change neither loss nor gradients, but
+            cost as much as trained ones.
+        backend: "auto" (by device and dtype), "torch" or "triton".
+
+    Raises:
+        BackendError: The backend is unknown, or cannot run on the device or with the dtype.
     """
-    logits = _Logits(chunk_tokens=chunk_tokens, softcap=softcap, scale=logit_scale)
+    backend = _resolve_backend("chunked_cross_entropy", backend, hidden_TD)
+    logits = _Logits(chunk_tokens=chunk_tokens, softcap=softcap, scale=logit_scale, backend=backend)
+    if num_items is None and trained is not None:
+        num_items = (labels_T[trained] != IGNORED_LABEL).sum().clamp(min=1)
     if trained is None:
         trained = find_trained_tokens(labels_T)
     with torch.autocast(hidden_TD.device.type, enabled=False):
@@ -101,12 +119,14 @@ def chunked_token_losses(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     head_bias: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Return the cross-entropy of each token, (tokens,) fp32 and 0 where not trained, for evaluation: no gradient.
 
     The arguments are those of `chunked_cross_entropy`.
     """
-    logits = _Logits(chunk_tokens=chunk_tokens, softcap=softcap, scale=logit_scale)
+    backend = _resolve_backend("chunked_token_losses", backend, hidden_TD)
+    logits = _Logits(chunk_tokens=chunk_tokens, softcap=softcap, scale=logit_scale, backend=backend)
     trained = find_trained_tokens(labels_T)
     losses_T = torch.zeros(labels_T.shape, dtype=torch.float32, device=labels_T.device)
     with torch.no_grad(), torch.autocast(hidden_TD.device.type, enabled=False):
@@ -133,6 +153,15 @@ def cross_entropy_reference(
     num_trained = int((labels_T != IGNORED_LABEL).sum())
     total = torch.nn.functional.cross_entropy(logits_TV, labels_T, ignore_index=IGNORED_LABEL, reduction="sum")
     return total / (max(num_trained, 1) if num_items is None else num_items)
+
+
+def _resolve_backend(op: str, backend: str, hidden_TD: torch.Tensor) -> str:
+    if hidden_TD.dtype not in KERNEL_DTYPES:
+        if backend == "triton":
+            raise BackendError(f"{op} takes no {hidden_TD.dtype} with backend 'triton'; pass backend='torch'")
+        if backend == "auto":
+            backend = "torch"
+    return resolve_backend(op, backend, hidden_TD.device)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -205,11 +234,13 @@ class _Head:
 
         Args:
             hidden_CD: Hidden states of the chunk.
-            labels_C: Its labels.
+            labels_C: Its labels. Where -100, loss and gradient are 0.
             differentiate: Also add to the gradient of the bias, where that is wanted.
         """
         product_CV = self._take("product", hidden_CD.shape[0], self.weight_VD.dtype)
         torch.mm(hidden_CD, self.weight_VD.T, out=product_CV)
+        if self.logits.backend == "triton":
+            return self._soften_fused(product_CV, labels_C, differentiate)
         block_tokens = self._choose_block_tokens()
         blocks = zip(product_CV.split(block_tokens), labels_C.split(block_tokens), strict=True)
         return torch.cat([self._soften(product_BV, labels_B, differentiate) for product_BV, labels_B in blocks])
@@ -222,10 +253,28 @@ class _Head:
         if self.grad_weight is not None:
             self.grad_weight += grad_CV.T @ hidden_CD
 
+    def _soften_fused(self, product_CV: torch.Tensor, labels_C: torch.Tensor, differentiate: bool) -> torch.Tensor:
+        """Do what `_soften` does in one launch; the gradient of the bias is the sum of what was stored."""
+        losses_C = torch.empty(labels_C.shape, dtype=torch.float32, device=labels_C.device)
+        kernels.cross_entropy(
+            product_CV,
+            labels_C.contiguous(),
+            losses_C,
+            bias_V=self.bias,
+            scale=self.logits.scale,
+            softcap=self.logits.softcap,
+            ignored_label=IGNORED_LABEL,
+            differentiate=differentiate,
+        )
+        if differentiate and self.grad_bias is not None:
+            self.grad_bias += product_CV.sum(dim=0, dtype=self.sum_dtype)
+        return losses_C
+
     def _soften(self, product_BV: torch.Tensor, labels_B: torch.Tensor, differentiate: bool) -> torch.Tensor:
         """Return the losses of a block and, to differentiate, turn its product into the gradient of it."""
         num_tokens, softcap, scale = product_BV.shape[0], self.logits.softcap, self.logits.scale
-        z_BV, labels_B1 = product_BV, labels_B[:, None]
+        z_BV, ignored_B1 = product_BV, labels_B[:, None] == IGNORED_LABEL
+        labels_B1 = labels_B[:, None].masked_fill(ignored_B1, 0)
         if z_BV.dtype != self.sum_dtype:
             z_BV = self._take("logits", num_tokens, self.sum_dtype).copy_(product_BV)
         if self.bias is not None:
@@ -239,9 +288,10 @@ class _Head:
         largest_B1 = z_BV.amax(dim=1, keepdim=True)
         label_B1 = z_BV.gather(1, labels_B1)
         sum_B1 = z_BV.sub_(largest_B1).exp_().sum(dim=1, keepdim=True)
-        losses_B1 = sum_B1.log() + (largest_B1 - label_B1)
+        losses_B1 = (sum_B1.log() + (largest_B1 - label_B1)).masked_fill_(ignored_B1, 0)
         if differentiate:
-            z_BV.mul_(scale / sum_B1).scatter_add_(1, labels_B1, torch.full_like(sum_B1, -scale))
+            scale_B1 = torch.full_like(sum_B1, scale).masked_fill_(ignored_B1, 0)
+            z_BV.mul_(scale_B1 / sum_B1).scatter_add_(1, labels_B1, -scale_B1)
             if softcap is not None:
                 z_BV.mul_(slope_BV)
             if self.grad_bias is not None:

@@ -1,4 +1,4 @@
-"""The chunked loss against F.cross_entropy on whole logits in fp64."""
+"""The chunked loss against F.cross_entropy on whole logits in fp64; its kernel is interpreted in tests/kernels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from halfbyte.errors import BackendError
+from halfbyte.kernels.cross_entropy import CrossEntropyLaunch
 from halfbyte.ops import cross_entropy
 from halfbyte.ops.cross_entropy import (
     chunked_cross_entropy,
@@ -14,9 +17,19 @@ from halfbyte.ops.cross_entropy import (
     cross_entropy_reference,
     find_trained_tokens,
 )
+from tests.ops.cross_entropy_cases import (
+    OPTIONS,
+    SHAPES,
+    KernelCase,
+    check_kernel,
+    check_kernel_far_into_the_softcap,
+    check_kernel_on_bad_rows,
+)
+from tests.ops.fused_cases import Place
 from tests.oracles import assert_close
 
 TOKENS, WIDTH, WORDS = 63, 32, 101
+DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 VARIANTS = {
     "plain": {},
     "softcap": {"softcap": 3.0},
@@ -45,10 +58,20 @@ def make_inputs(
 
 
 def check_against_fp64(
-    dtype: torch.dtype, mask: str, options: dict[str, float], *, chunk_tokens: int = 7, device: str = "cpu"
+    dtype: torch.dtype,
+    mask: str,
+    options: dict[str, float],
+    *,
+    chunk_tokens: int = 7,
+    device: str = "cpu",
+    backend: str = "auto",
+    cut_off: bool = False,
 ) -> None:
+    """Check loss and gradients; `cut_off` if a gradient is not rounded but cut off to `dtype`."""
     hidden, weight, bias, labels = make_inputs(dtype, mask, device=device)
-    loss = chunked_cross_entropy(hidden, weight, labels, head_bias=bias, chunk_tokens=chunk_tokens, **options)
+    loss = chunked_cross_entropy(
+        hidden, weight, labels, head_bias=bias, chunk_tokens=chunk_tokens, backend=backend, **options
+    )
     (3 * loss).backward()
     leaves = [t.detach().double().requires_grad_() for t in (hidden, weight, bias)]
     expected = cross_entropy_reference(leaves[0], leaves[1], labels, head_bias=leaves[2], **options)
@@ -61,7 +84,41 @@ def check_against_fp64(
         # Rounded: the logits, whose error the exponential magnifies by their size, their gradient, the result.
         spread = 1 if dtype == torch.float32 else WIDTH**0.5
         assert actual.grad.dtype == dtype
-        assert_close(name, leaf.grad, actual.grad, dtype=dtype, roundings=2 + spread, reduction_length=WORDS)
+        roundings = 2 + spread + cut_off
+        assert_close(name, leaf.grad, actual.grad, dtype=dtype, roundings=roundings, reduction_length=WORDS)
+
+
+def check_padding(backend: str, device: str) -> None:
+    """Untrained tokens among the trained change nothing, however many there are and however often the same."""
+    hidden, weight, bias, labels = make_inputs(torch.float32, device=device)
+    trained, untrained = find_trained_tokens(labels), (labels == -100).nonzero().squeeze(1)
+
+    def call(indices: torch.Tensor, num_items: torch.Tensor | None) -> list[torch.Tensor]:
+        loss = chunked_cross_entropy(
+            hidden,
+            weight,
+            labels,
+            head_bias=bias,
+            softcap=3.0,
+            num_items=num_items,
+            trained=indices,
+            chunk_tokens=7,
+            backend=backend,
+        )
+        return [loss, *torch.autograd.grad(loss, (hidden, weight, bias))]
+
+    # Also as many as there are tokens, and more.
+    for num_items in (None, torch.tensor(50, device=device)):
+        expected = call(trained, num_items)
+        for num_spare in (5, untrained.numel(), TOKENS):
+            spare = untrained[torch.randint(untrained.numel(), (num_spare,), device=device)]
+            padded = torch.cat([trained, spare])
+            padded = padded[torch.randperm(padded.numel(), device=device)]
+            actual = call(padded, num_items)
+            assert (actual[1][untrained] == 0).all()
+            # Other chunks: sums of a chunk, and of chunks, in another order.
+            for name, one, other in zip(("loss", "hidden", "weight", "bias"), expected, actual, strict=True):
+                assert_close(name, one, other, dtype=torch.float32, reduction_length=WORDS)
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
@@ -92,6 +149,52 @@ def test_chunked_cross_entropy_believes_what_it_is_told_of_trained_tokens() -> N
     assert trained.tolist() == [i for i, label in enumerate(labels.tolist()) if label != -100]
     loss = chunked_cross_entropy(hidden, weight, labels, trained=trained)
     assert loss.equal(chunked_cross_entropy(hidden, weight, labels))
+
+
+def test_chunked_cross_entropy_ignores_padding_of_the_trained_tokens() -> None:
+    check_padding("torch", "cpu")
+
+
+def test_chunked_cross_entropy_of_padding_alone_is_zero() -> None:
+    hidden, weight, bias, labels = make_inputs(torch.float32)
+    trained = torch.tensor([5, 5, 3])
+    loss = chunked_cross_entropy(hidden, weight, torch.full_like(labels, -100), trained=trained, head_bias=bias)
+    assert loss.item() == 0
+    assert all((grad == 0).all() for grad in torch.autograd.grad(loss, (hidden, weight, bias)))
+
+
+@pytest.mark.parametrize("all_tokens", [False, True])
+def test_chunked_cross_entropy_asks_the_device_for_no_number(all_tokens: bool) -> None:
+    class Refuse(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"), name
+            if name.startswith("index"):
+                indices = [t for arg in args[1:] if isinstance(arg, list | tuple) for t in arg if t is not None]
+                assert all(t.dtype != torch.bool for t in indices)
+            return func(*args, **kwargs or {})
+
+    hidden, weight, bias, labels = make_inputs(torch.bfloat16)
+    trained = torch.arange(TOKENS) if all_tokens else torch.cat([find_trained_tokens(labels), torch.tensor([5, 5])])
+    num_items = torch.tensor(50)
+    for items in (num_items, None):
+        with Refuse():
+            chunked_cross_entropy(
+                hidden, weight, labels, trained=trained, num_items=items, head_bias=bias, softcap=3.0, chunk_tokens=7
+            ).backward()
+    with Refuse(), pytest.raises(AssertionError, match="nonzero"):
+        chunked_cross_entropy(hidden, weight, labels, num_items=num_items)
+
+
+def test_chunked_cross_entropy_refuses_a_backend_that_cannot_run() -> None:
+    hidden, weight, _, labels = make_inputs(torch.float32)
+    for call in (chunked_cross_entropy, chunked_token_losses):
+        with pytest.raises(BackendError, match="no backend"):
+            call(hidden, weight, labels, backend="cuda")
+        with pytest.raises(BackendError, match="GPU"):
+            call(hidden, weight, labels, backend="triton")
+        with pytest.raises(BackendError, match="float64"):
+            call(hidden.double(), weight.double(), labels, backend="triton")
 
 
 def test_chunked_cross_entropy_passes_gradcheck() -> None:
@@ -221,7 +324,97 @@ def test_chunked_token_losses_match_fp64(options: dict[str, float]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_chunked_cross_entropy_matches_fp64_on_a_gpu(dtype: torch.dtype, options: dict[str, float]) -> None:
-    check_against_fp64(dtype, "uneven", options, device="cuda")
+@DTYPE
+def test_chunked_cross_entropy_matches_fp64_on_a_gpu(
+    dtype: torch.dtype, options: dict[str, float], backend: str
+) -> None:
+    check_against_fp64(dtype, "uneven", options, device="cuda", backend=backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_chunked_cross_entropy_on_a_gpu_ignores_padding(backend: str) -> None:
+    check_padding(backend, "cuda")
+
+
+@pytest.mark.gpu
+def test_chunked_cross_entropy_in_fp64_on_a_gpu_is_computed_by_torch() -> None:
+    hidden, weight, _, labels = (t.double() if t.is_floating_point() else t for t in make_inputs(torch.float32))
+    loss = chunked_cross_entropy(hidden.cuda(), weight.cuda(), labels.cuda())
+    expected = cross_entropy_reference(hidden, weight, labels)
+    torch.testing.assert_close(loss.cpu(), expected, rtol=64 * 2.0**-53, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_chunked_cross_entropy_on_a_gpu_can_be_captured(backend: str) -> None:
+    hidden, weight, bias, labels = make_inputs(torch.bfloat16, "all", device="cuda")
+    trained, num_items = torch.arange(30, device="cuda"), torch.tensor(30, device="cuda")
+
+    def step() -> list[torch.Tensor]:
+        loss = chunked_cross_entropy(
+            hidden,
+            weight,
+            labels,
+            head_bias=bias,
+            trained=trained,
+            num_items=num_items,
+            chunk_tokens=7,
+            backend=backend,
+        )
+        return [loss, *torch.autograd.grad(loss, (hidden, weight, bias))]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    labels.copy_(torch.randint(0, WORDS, (TOKENS,), device="cuda"))
+    labels[20:] = -100
+    trained.copy_(torch.cat([torch.arange(20), torch.full((10,), 40)]))
+    num_items.fill_(20)
+    graph.replay()
+    for name, expected, actual in zip(("loss", "hidden", "weight", "bias"), step(), captured, strict=True):
+        assert_close(name, expected, actual, dtype=torch.bfloat16, roundings=1, reduction_length=WORDS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@DTYPE
+def test_cross_entropy_kernel_on_a_gpu_matches_fp64(dtype: torch.dtype, options: dict[str, float], bias: bool) -> None:
+    place = Place("triton", "cuda")
+    for shape in SHAPES:
+        check_kernel(KernelCase(shape=shape, dtype=dtype, place=place, bias=bias, **options))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [0.0, 1e4], ids=["equal", "large"])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@DTYPE
+def test_cross_entropy_kernel_on_a_gpu_matches_fp64_at_equal_and_large_logits(
+    dtype: torch.dtype, scale: float, size: float
+) -> None:
+    for shape in SHAPES:
+        check_kernel(KernelCase(shape=shape, dtype=dtype, place=Place("triton", "cuda"), size=size, scale=scale))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("words", [32000, 49152, 50257, 128256, 151936])
+@pytest.mark.parametrize("spare", [0, 5])
+@DTYPE
+def test_cross_entropy_kernel_on_a_gpu_takes_vocabularies_of_models(dtype: torch.dtype, spare: int, words: int) -> None:
+    place = Place("triton", "cuda", spare=spare)
+    for launch in (CrossEntropyLaunch(), CrossEntropyLaunch(num_warps=32, accesses_per_thread=1)):
+        check_kernel(KernelCase(shape=(9, words), dtype=dtype, place=place, launch=launch))
+
+
+@pytest.mark.gpu
+def test_cross_entropy_kernel_on_a_gpu_far_out() -> None:
+    check_kernel_far_into_the_softcap(Place("triton", "cuda"))
+    check_kernel_on_bad_rows(Place("triton", "cuda"))
