@@ -1,8 +1,9 @@
 """Multiplying a few tokens by a 4-bit weight, beside bitsandbytes' own product for one token.
 
 `gb_per_s_4bit` counts the packed bytes of the weight alone. On a GPU `us` is from a graph's replay, `us_launched` with
-Python launching; every way to launch our kernel has its row on two shapes, and `halfbyte expanded` is what the same
-product costs when the weight is expanded first. On a CPU there is no kernel, and nothing to time.
+Python launching; some ways to launch our kernel have rows on three shapes (sweep_matvec_4bit times all of them), and
+`halfbyte expanded` is what the same product costs when the weight is expanded first. On a CPU there is no kernel, and
+nothing to time.
 """
 
 from __future__ import annotations
@@ -24,17 +25,13 @@ from halfbyte.quant import QuantizedTensor, QuantSpec
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (1024, 4096), (14336, 4096), (576, 576), (1536, 576)]
 LAUNCH_SHAPES = [(11008, 4096), (4096, 11008), (4096, 4096)]
 LAUNCHES = [
-    MatvecLaunch(lookup=lookup, rows_per_program=rows, chunks_per_step=chunks, num_warps=num_warps)
-    for lookup in ("shuffle", "codes")
-    for rows, chunks, num_warps in (
-        *((1, 128, 4), (2, 128, 4), (4, 128, 4), (8, 128, 4), (2, 64, 2), (4, 64, 2), (4, 64, 4)),
-        *((1, 32, 1), (2, 32, 1), (4, 32, 1), (8, 32, 1), (8, 32, 4), (16, 32, 4), (2, 256, 8), (4, 256, 8)),
+    MatvecLaunch(lookup=lookup, rows_per_program=rows, num_warps=num_warps)
+    for lookup, rows, num_warps in (
+        *(("shuffle", 2, 4), ("shuffle", 4, 4), ("shuffle", 8, 4), ("shuffle", 8, 1), ("codes", 4, 4)),
+        *(("tensor", 16, 4), ("tensor", 16, 8), ("tensor", 32, 4)),
     )
 ]
-TOKEN_LAUNCHES = [
-    MatvecLaunch(rows_per_program=rows, chunks_per_step=chunks, num_warps=num_warps)
-    for rows, chunks, num_warps in ((1, 128, 4), (2, 128, 4), (4, 128, 4), (2, 32, 1), (4, 32, 1), (4, 32, 4))
-]
+TOKEN_LAUNCHES = [launch for launch in LAUNCHES if launch.lookup == "tensor"]
 Row = dict[str, object]
 
 

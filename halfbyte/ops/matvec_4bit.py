@@ -11,6 +11,8 @@ for up to MAX_TOKENS tokens; more are better served by expanding, see `expand_we
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from halfbyte.errors import BackendError
@@ -51,7 +53,7 @@ def matvec_4bit(
     """
     if resolve_backend("matvec_4bit", backend, q.device) == "torch":
         return matvec_4bit_reference(x, q, bias, add=add)
-    return matvec_4bit_triton(x, q, bias, add=add, launch=default_launch(x.shape[0]))
+    return matvec_4bit_triton(x, q, bias, add=add, launch=default_launch(x.dtype))
 
 
 def matvec_4bit_reference(
@@ -79,9 +81,11 @@ def fits(x: torch.Tensor, q: QuantizedTensor) -> bool:
     )
 
 
-def default_launch(num_tokens: int) -> kernels.MatvecLaunch:
-    """Return how the kernel is launched for so many tokens: fewer rows where each row has more sums."""
-    return kernels.MatvecLaunch(rows_per_program=4 if num_tokens <= 2 else 2)
+def default_launch(dtype: torch.dtype) -> kernels.MatvecLaunch:
+    """Return how the kernel is launched for x of a dtype: tensor cores take 16 bits."""
+    if dtype == torch.float32:
+        return kernels.MatvecLaunch(lookup="shuffle", rows_per_program=4, num_warps=4)
+    return kernels.MatvecLaunch(lookup="tensor", rows_per_program=16, num_warps=8, ask_first=True)
 
 
 @torch.no_grad()
@@ -113,6 +117,7 @@ def matvec_4bit_triton(
         offset=q.absmax_offset,
         dynamic_map=dynamic_map(True, q.device),
         codebook=codebook_values(q.codebook, q.device),
+        planes=_code_planes(q.codebook, q.device),
         block_size=q.block_size,
     )
     out = torch.empty(x.shape[0], q.shape[0], dtype=x.dtype, device=x.device)
@@ -120,3 +125,8 @@ def matvec_4bit_triton(
     add = None if add is None else add.contiguous()
     kernels.matvec_4bit(x, weight, out, bias=bias, add=add, launch=launch)
     return out
+
+
+@functools.cache
+def _code_planes(codebook: str, device: torch.device) -> torch.Tensor:
+    return kernels.code_planes(codebook_values(codebook)).to(device)

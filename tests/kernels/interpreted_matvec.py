@@ -11,7 +11,7 @@ from halfbyte.quant import QuantSpec
 from tests.ops.matvec_cases import make_matvec_case
 from tests.oracles import assert_close
 
-LAUNCH = MatvecLaunch(lookup="codes", rows_per_program=4, chunks_per_step=4)
+LAUNCH = MatvecLaunch(lookup="codes", rows_per_program=4, num_warps=1)
 # Short and whole tiles of rows and of chunks; more than one group of the second level.
 CASES = [
     (1, (1, 64), QuantSpec()),

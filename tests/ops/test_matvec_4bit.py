@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from halfbyte.errors import BackendError
-from halfbyte.kernels.matvec_4bit import MatvecLaunch
+from halfbyte.kernels.matvec_4bit import MatvecLaunch, code_planes
 from halfbyte.ops import Workspace, quantize_4bit
 from halfbyte.ops.linear_4bit import linear_4bit
 from halfbyte.ops.lora_linear import LoraOptions, lora_linear
 from halfbyte.ops.matvec_4bit import MAX_TOKENS, fits, matvec_4bit, matvec_4bit_reference, matvec_4bit_triton
 from halfbyte.quant import QuantSpec
+from halfbyte.quant.codebooks import codebook_values
 from tests.ops.matvec_cases import MatvecCase, make_matvec_case
-from tests.oracles import assert_close
+from tests.oracles import UNIT_ROUNDOFF, assert_close
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -28,16 +29,39 @@ SPEC = pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.codebook}-{s.bl
 TOKENS = pytest.mark.parametrize("tokens", [1, 2, 5, 8])
 SHAPES = [(1, 64), (7, 128), (576, 576), (192, 576), (1536, 576), (130, 4096), (4096, 4096), (11008, 4096)]
 LAUNCHES = [
-    MatvecLaunch(lookup=lookup, rows_per_program=rows, chunks_per_step=chunks, num_warps=num_warps)
-    for lookup in ("codes", "shuffle")
-    for rows, chunks, num_warps in ((1, 32, 1), (4, 32, 1), (2, 128, 4), (8, 64, 4), (16, 32, 4))
+    *(
+        MatvecLaunch(lookup=lookup, rows_per_program=rows, num_warps=num_warps, prefetch=prefetch, ask_first=ask_first)
+        for lookup in ("codes", "shuffle", "permute")
+        for rows, num_warps, prefetch, ask_first in (
+            *((1, 1, False, False), (4, 1, True, False), (2, 4, False, True), (8, 2, True, True), (4, 4, False, False)),
+        )
+    ),
+    *(
+        MatvecLaunch(lookup="tensor", rows_per_program=rows, num_warps=num_warps, prefetch=prefetch, ask_first=ask)
+        for rows, num_warps, prefetch, ask in (
+            *(
+                (16, 1, False, False),
+                (16, 4, True, False),
+                (16, 8, False, True),
+                (32, 2, True, True),
+                (32, 4, False, False),
+            ),
+        )
+    ),
 ]
 
 
-def check(case: MatvecCase, y: torch.Tensor) -> None:
+# What a looked up value may be off by, relatively; codes and shuffles are exact, and fp32 is looked up by them.
+LOOKUP_ERROR = 2.0**-16
+
+
+def check(case: MatvecCase, y: torch.Tensor, *, lookup: str = "tensor") -> None:
     dtype = case.x.dtype
+    is_exact = lookup in ("codes", "shuffle") or (lookup == "tensor" and dtype == torch.float32)
     assert y.dtype == dtype
-    assert_close("y", case.exact(), y, dtype=dtype, roundings=1, reduction_length=case.q.shape[1])
+    # A code's error is the same wherever it stands; where products cancel it weighs up to twice as much.
+    roundings = 1 if is_exact else 1 + 2 * LOOKUP_ERROR / UNIT_ROUNDOFF[dtype]
+    assert_close("y", case.exact(), y, dtype=dtype, roundings=roundings, reduction_length=case.q.shape[1])
 
 
 @pytest.mark.parametrize("with_terms", [False, True], ids=["plain", "terms"])
@@ -120,9 +144,25 @@ def test_matvec_4bit_on_a_gpu_matches_fp64_in_every_shape(
 def test_matvec_4bit_on_a_gpu_matches_fp64_however_launched(
     shape: tuple[int, int], dtype: torch.dtype, launch: MatvecLaunch
 ) -> None:
-    for tokens in (1, 3):
-        case = make_matvec_case(tokens, shape, QuantSpec(), dtype, device="cuda")
-        check(case, matvec_4bit_triton(case.x, case.q, case.bias, add=case.add, launch=launch))
+    if launch.lookup == "tensor" and dtype == torch.float32:
+        pytest.skip("tensor cores take 16 bits")
+    for tokens, spec in (
+        (1, QuantSpec()),
+        (3, QuantSpec(codebook="fp4", double_quant=False)),
+        (7, QuantSpec(block_size=32)),
+        (8, QuantSpec()),
+    ):
+        case = make_matvec_case(tokens, shape, spec, dtype, device="cuda")
+        y = matvec_4bit_triton(case.x, case.q, case.bias, add=case.add, launch=launch)
+        check(case, y, lookup=launch.lookup)
+
+
+@pytest.mark.parametrize("codebook", ["nf4", "fp4"])
+def test_code_planes_hold_values_within_their_error(codebook: str) -> None:
+    values = codebook_values(codebook)
+    planes = code_planes(values).view(torch.uint8).view(3, 16).int()
+    restored = (planes[0] << 24 | planes[1] << 16 | planes[2] << 8 | planes[2]).view(torch.float32)
+    assert ((restored - values).abs() <= LOOKUP_ERROR * values.abs()).all()
 
 
 @pytest.mark.gpu
