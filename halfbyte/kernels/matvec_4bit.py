@@ -35,11 +35,12 @@ WEIGHTS_PER_CHUNK = 32
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MatvecLaunch:
-    """How the kernel is launched: results differ by the order of sums, the lookup's 2^-16. `tensor` has 16 or 32 rows."""
+    """How the kernel is launched. Results differ by the order of fp32 sums, and by the lookup's 2^-16."""
 
     lookup: Literal["codes", "shuffle", "permute", "tensor"] = "shuffle"
     """Where the value of a code comes from. The interpreter knows codes alone; `tensor` takes x of 16 bits."""
     rows_per_program: int = 4
+    """A power of two; 16 or 32 with `tensor`."""
     num_warps: int = 4
     prefetch: bool = False
     """Whether a step loads the next one's words before it works on its own, rather than after."""
