@@ -26,9 +26,9 @@ class AdapterInnerLaunch:
     """How the kernel is launched. It changes the result only by the order of fp32 sums."""
 
     tokens_per_program: int = 32
-    columns_per_step: int = 128
+    columns_per_step: int = 256
     num_warps: int = 4
-    num_stages: int = 3
+    num_stages: int = 4
 
 
 def adapter_inner(

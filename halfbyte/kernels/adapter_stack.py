@@ -102,13 +102,13 @@ def _kernel() -> Any:
             tl.store(columns_ptr + row * stride + column, tile.to(columns_ptr.dtype.element_ty), mask=mask)
         else:
             place = (program - row_programs) * ELEMENTS + tl.arange(0, ELEMENTS)
-            value = tl.zeros([ELEMENTS], tl.float32)
+            stretch = tl.zeros([ELEMENTS], tl.float32)
             written = place < 0
             for member in tl.static_range(MEMBERS):
                 local = place - first_ranks[member] * width
-                mask = (local >= 0) & (local < ranks[member] * width)
-                value += tl.load(A_ptrs[member] + local, mask=mask, other=0).to(tl.float32)
-                written |= mask
-            tl.store(stack_ptr + place, value.to(stack_ptr.dtype.element_ty), mask=written)
+                inside = (local >= 0) & (local < ranks[member] * width)
+                stretch += tl.load(A_ptrs[member] + local, mask=inside, other=0).to(tl.float32)
+                written |= inside
+            tl.store(stack_ptr + place, stretch.to(stack_ptr.dtype.element_ty), mask=written)
 
     return _stack_adapters_kernel

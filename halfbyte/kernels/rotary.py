@@ -24,9 +24,14 @@ PLACES_PER_PROGRAM = 1024
 
 
 def rotate(
-    x_BLNH: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor, out_TNH: torch.Tensor, *, backward: bool
+    x_BLNH: torch.Tensor,
+    cos_TH: torch.Tensor | None,
+    sin_TH: torch.Tensor | None,
+    out_TNH: torch.Tensor,
+    *,
+    backward: bool,
 ) -> None:
-    """Turn every head of `x_BLNH`, or turn it back; arguments as those of the op."""
+    """Turn every head of `x_BLNH`, or turn it back, or move it as it is; arguments as those of the op."""
     num_tokens, num_heads, width = out_TNH.shape
     strides = *x_BLNH.stride()[:3], *out_TNH.stride()[:2]
     half_block = 1 << (width // 2 - 1).bit_length()
@@ -36,12 +41,13 @@ def rotate(
         _kernel(),
         -(-num_tokens // tokens) * -(-num_heads // heads),
         x_BLNH,
-        cos_TH,
-        sin_TH,
+        out_TNH if cos_TH is None else cos_TH,
+        out_TNH if sin_TH is None else sin_TH,
         out_TNH,
         *strides,
         num_tokens,
         x_BLNH.shape[1],
+        TURNS=cos_TH is not None,
         BACKWARD=backward,
         NUM_HEADS=num_heads,
         HALF=width // 2,
@@ -63,7 +69,7 @@ def _kernel() -> Any:
     @triton.jit(do_not_specialize=[*strides, "num_tokens", "row_tokens"])
     def _rotate_kernel(
         x_ptr, cos_ptr, sin_ptr, out_ptr, x_row, x_token, x_head, out_token, out_head, num_tokens, row_tokens,
-        BACKWARD: tl.constexpr, NUM_HEADS: tl.constexpr, HALF: tl.constexpr,
+        TURNS: tl.constexpr, BACKWARD: tl.constexpr, NUM_HEADS: tl.constexpr, HALF: tl.constexpr,
         TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr,
     ):  # fmt: skip
         GROUPS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
@@ -72,16 +78,17 @@ def _kernel() -> Any:
         column = tl.arange(0, BLOCK)[None, :]
         mask = (token < num_tokens)[:, None] & (column < HALF)
         angle = tl.multiple_of(token * (2 * HALF), ALIGNMENT)[:, None]
-        cos = tl.load(cos_ptr + angle + column, mask=mask, other=0).to(tl.float32)
-        sin = tl.load(sin_ptr + angle + column, mask=mask, other=0).to(tl.float32)
-        if BACKWARD:
-            sin = -sin
+        if TURNS:
+            cos = tl.load(cos_ptr + angle + column, mask=mask, other=0).to(tl.float32)
+            sin = tl.load(sin_ptr + angle + column, mask=mask, other=0).to(tl.float32)
+            if BACKWARD:
+                sin = -sin
 
         x_offset = token // row_tokens * x_row + token % row_tokens * x_token
         x_ptr += tl.multiple_of(x_offset, ALIGNMENT)[:, None]
         out_ptr += tl.multiple_of(token * out_token, ALIGNMENT)[:, None]
         # Of no length yet, but of a type.
-        lows = ((cos,) * HEADS)[:0]
+        lows = ((column,) * HEADS)[:0]
         highs = lows
         for head in tl.static_range(HEADS):
             head_ptr = x_ptr + tl.multiple_of((first + head).to(tl.int64) * x_head, ALIGNMENT)
@@ -93,7 +100,9 @@ def _kernel() -> Any:
             head_mask = mask & (first + head < NUM_HEADS)
             low = lows[head].to(tl.float32)
             high = highs[head].to(tl.float32)
-            tl.store(head_ptr + column, (low * cos - high * sin).to(out_ptr.dtype.element_ty), mask=head_mask)
-            tl.store(head_ptr + HALF + column, (high * cos + low * sin).to(out_ptr.dtype.element_ty), mask=head_mask)
+            turned_low = low * cos - high * sin if TURNS else low
+            turned_high = high * cos + low * sin if TURNS else high
+            tl.store(head_ptr + column, turned_low.to(out_ptr.dtype.element_ty), mask=head_mask)
+            tl.store(head_ptr + HALF + column, turned_high.to(out_ptr.dtype.element_ty), mask=head_mask)
 
     return _rotate_kernel

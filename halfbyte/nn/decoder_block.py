@@ -32,7 +32,7 @@ from halfbyte.nn.projection_group import ProjectionGroup
 from halfbyte.ops.block_dropout import BlockDropout, draw_block_dropout
 from halfbyte.ops.counter_dropout import DropoutSeeds
 from halfbyte.ops.rms_norm import rms_norm, rms_norm_backward
-from halfbyte.ops.rotary import rotate, rotate_
+from halfbyte.ops.rotary import move_heads, rotate, rotate_
 from halfbyte.ops.swiglu import swiglu, swiglu_backward_
 from halfbyte.ops.workspace import Workspace
 
@@ -228,9 +228,11 @@ def _attention_forward(x_TD: torch.Tensor, call: BlockCall, *, record: bool) -> 
     rotated_TSH, r_heads = _rotate_heads(qkv_TSH, call)
     inputs = _as_attention_inputs(qkv_TSH, rotated_TSH, call)
     with torch.set_grad_enabled(record):
-        out_TA = call.attend(*inputs).reshape(x_TD.shape[0], -1)
+        out_BLNH = call.attend(*inputs)
+        out_TA = out_BLNH.reshape(x_TD.shape[0], -1)
     a_TE = parts.o.take_input("group_input", out_TA.shape[0], dtype=out_TA.dtype, device=out_TA.device)
-    a_TE[:, : out_TA.shape[1]] = out_TA.detach()
+    a_TNH = a_TE[:, : out_TA.shape[1]].unflatten(1, (-1, parts.head_width))
+    move_heads(out_BLNH.detach(), out_TNH=a_TNH)
     o_TD, u_o_TR = parts.o.forward(a_TE, call.dropouts[1])
     return AttentionState(x_TD, r_T, u_qkv_TR, qkv_TSH, r_heads, inputs, out_TA, u_o_TR), o_TD
 
@@ -334,12 +336,12 @@ def _join_head_gradients(grads_BNLH: tuple[torch.Tensor, ...], state: AttentionS
     ranges = (slice(0, parts.query_heads), slice(parts.query_heads, num_heads), slice(num_heads, None))
     for grad_BNLH, heads, rotates in zip(grads_BNLH, ranges, (parts.rotates, parts.rotates, False), strict=True):
         grad_BLNH, out_TNH = grad_BNLH.transpose(1, 2), joined_TSH[:, heads]
-        if rotates and grad_BLNH.stride(3) == 1:
-            rotate(grad_BLNH, call.cos_TH, call.sin_TH, out_TNH=out_TNH, backward=True)
-            continue
-        out_TNH.unflatten(0, (call.rows, -1)).copy_(grad_BLNH)
+        if grad_BLNH.stride(3) != 1:
+            grad_BLNH = grad_BLNH.contiguous()
         if rotates:
-            rotate_(out_TNH, call.cos_TH, call.sin_TH, backward=True)
+            rotate(grad_BLNH, call.cos_TH, call.sin_TH, out_TNH=out_TNH, backward=True)
+        else:
+            move_heads(grad_BLNH, out_TNH=out_TNH)
     if parts.q_norm is not None and parts.k_norm is not None:
         for heads, norm, r in zip(ranges[:2], (parts.q_norm, parts.k_norm), state.r_heads, strict=True):
             grad = joined_TSH[:, heads]

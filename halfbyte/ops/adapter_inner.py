@@ -8,6 +8,8 @@ of an adapter and 1 / (1 - p) are folded into `scale`.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from halfbyte.kernels import adapter_inner as kernels
@@ -17,6 +19,10 @@ from halfbyte.ops.counter_dropout import CounterDropout, drop_copy
 # T tokens, D features, R ranks
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+# (columns a step, stages), from the fastest on an H100, which takes most shared memory.
+PIPELINES = ((256, 4), (128, 4), (128, 3), (64, 3), (64, 2))
+SHARED_BYTES = 99 * 2**10
+"""What every card since 2020 has."""
 
 
 def adapter_inner(
@@ -46,8 +52,21 @@ def adapter_inner(
     if resolve_backend("adapter_inner", backend, x_TD.device) == "torch":
         return adapter_inner_reference(x_TD, A_RD, scale=scale, also_TR=also_TR, dropout=dropout)
     return adapter_inner_triton(
-        x_TD, A_RD, scale=scale, also_TR=also_TR, dropout=dropout, launch=kernels.AdapterInnerLaunch()
+        x_TD, A_RD, scale=scale, also_TR=also_TR, dropout=dropout, launch=default_launch(A_RD.shape[0], x_TD.device)
     )
+
+
+@functools.cache
+def default_launch(ranks: int, device: torch.device) -> kernels.AdapterInnerLaunch:
+    """Return how the kernel is launched: with the longest pipeline that a multiprocessor's shared memory holds."""
+    limit = SHARED_BYTES
+    if device.type == "cuda":
+        limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    rows = kernels.AdapterInnerLaunch().tokens_per_program + max(16, 1 << (ranks - 1).bit_length())
+    for columns, stages in PIPELINES:
+        if 2 * rows * columns * stages <= limit:
+            break
+    return kernels.AdapterInnerLaunch(columns_per_step=columns, num_stages=stages)
 
 
 def adapter_inner_triton(

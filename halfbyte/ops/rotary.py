@@ -72,15 +72,30 @@ def rotate(
     return _rotate_triton(x_BLNH, cos_TH, sin_TH, out_TNH=out_TNH, backward=backward)
 
 
+def move_heads(x_BLNH: torch.Tensor, *, out_TNH: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+    """Write every head of `x_BLNH` to `out_TNH` as it is, and return that; arguments as those of `rotate`.
+
+    The width is even. Torch's own copy between such layouts takes twice the time on a GPU.
+    """
+    if resolve_backend("move_heads", backend, x_BLNH.device) == "torch":
+        out_TNH.unflatten(0, x_BLNH.shape[:2]).copy_(x_BLNH)
+        return out_TNH
+    return _rotate_triton(x_BLNH, None, None, out_TNH=out_TNH, backward=False)
+
+
 def _rotate_triton(
-    x_BLNH: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor, *, out_TNH: torch.Tensor, backward: bool
+    x_BLNH: torch.Tensor,
+    cos_TH: torch.Tensor | None,
+    sin_TH: torch.Tensor | None,
+    *,
+    out_TNH: torch.Tensor,
+    backward: bool,
 ) -> torch.Tensor:
     assert x_BLNH.stride(3) == out_TNH.stride(2) == 1
     assert x_BLNH.itemsize <= 4
     assert x_BLNH.shape[0] * x_BLNH.shape[1] == out_TNH.shape[0]
-    assert cos_TH.shape == sin_TH.shape == (out_TNH.shape[0], out_TNH.shape[2])
-    assert cos_TH.is_contiguous()
-    assert sin_TH.is_contiguous()
+    for angle in (cos_TH, sin_TH):
+        assert angle is None or (angle.shape == (out_TNH.shape[0], out_TNH.shape[2]) and angle.is_contiguous())
     kernels.rotate(x_BLNH, cos_TH, sin_TH, out_TNH, backward=backward)
     return out_TNH
 

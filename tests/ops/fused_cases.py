@@ -16,7 +16,7 @@ from halfbyte.ops.adapter_inner import adapter_inner
 from halfbyte.ops.adapter_stack import stack_adapters
 from halfbyte.ops.counter_dropout import CounterDropout
 from halfbyte.ops.rms_norm import rms_norm, rms_norm_backward
-from halfbyte.ops.rotary import rotate, rotate_
+from halfbyte.ops.rotary import move_heads, rotate, rotate_
 from halfbyte.ops.swiglu import swiglu, swiglu_backward_
 from tests.oracles import assert_close
 
@@ -197,6 +197,9 @@ def check_rotate(
     moved = place.like(grad)
     rotate(heads_first, cos, sin, out_TNH=moved, backward=True, backend=place.backend)
     place.check("turned back elsewhere", exact_grad, moved)
+    move_heads(heads_first, out_TNH=moved, backend=place.backend)
+    assert moved.cpu().equal(grad)
+    assert_untouched_beside(moved)
 
 
 def check_adapter_inner(

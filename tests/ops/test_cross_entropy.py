@@ -364,7 +364,8 @@ def test_chunked_cross_entropy_on_a_gpu_can_be_captured(backend: str) -> None:
             chunk_tokens=7,
             backend=backend,
         )
-        return [loss, *torch.autograd.grad(loss, (hidden, weight, bias))]
+        gradients = torch.autograd.grad(loss, (hidden, weight, bias))
+        return [loss.detach(), *gradients]
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
