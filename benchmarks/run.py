@@ -36,7 +36,7 @@ GATES = {
     "fused_ops": [f"tests/ops/test_{stem}.py" for stem in ("rms_norm", "rotary", "swiglu", "counter_dropout")],
     "load": ["tests/models"],
     "train": ["tests/train"],
-    "generate": ["tests/models/test_generate.py"],
+    "generate": ["tests/models/test_generate.py", "tests/models/test_static_decoder.py"],
 }
 PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "peft", "accelerate", "numpy")
 

@@ -1,8 +1,9 @@
 """Text from a model: batched, greedy or sampled, stopping at the end of the turn.
 
-The loop is ours: one forward a token over transformers' own cache, which is what model.generate() does without its
-bookkeeping, and with the adapter unmerged. Prompts of a batch are padded on the left. The model comes back as it
-was: train or eval mode of every module, no cached state, no draw from the global random numbers.
+The loop is ours, and leaves the adapter unmerged. On a GPU, and for the models that it knows, a `StaticDecoder` makes a
+token in one launch. Otherwise it is one forward a token over transformers' own cache, which is what model.generate()
+does without its bookkeeping. Prompts of a batch are padded on the left. The model comes back as it was: train or eval
+mode of every module, no cached state, no draw from the global random numbers.
 
 On a CPU, 4-bit weights are kept expanded while generating, because one token reads each weight once and expanding it
 costs more than the product; not so where that would take more than half of the memory that is left.
@@ -14,8 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +26,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from halfbyte.device import available_bytes
 from halfbyte.errors import ConfigError
 from halfbyte.models.fused_layers import fuse_layers_, iter_fused_layers, unfuse_layers_
+from halfbyte.models.kept_decoders import borrow_decoder, decodes_statically, keep_decoders
 from halfbyte.models.modes import eval_mode
+from halfbyte.models.static_decoder import Choose
 from halfbyte.nn import expanded_for_inference, expanded_nbytes
 
 Message = dict[str, Any]
@@ -108,21 +112,58 @@ def iter_tokens(
     """Yield the next token of each prompt, step by step; None where the answer has ended."""
     device = _device(model)
     generator = torch.Generator(device).manual_seed(options.seed)
-    inputs, mask_BT = _left_padded(model, prompts, device=device)
-    cache = DynamicCache(config=model.config)
+    choose = functools.partial(choose_tokens, options=options, generator=generator)
     running = [True] * len(prompts)
-    for _ in range(options.max_new_tokens):
-        logits_BV = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
-        chosen_B = choose_tokens(logits_BV, options=options, generator=generator)
-        tokens: list[int | None] = list(chosen_B.tolist())
-        running = [alive and token not in stop_ids for alive, token in zip(running, tokens, strict=True)]
-        yield [token if alive else None for token, alive in zip(tokens, running, strict=True)]
-        if not any(running):
-            return
+    with contextlib.closing(_iter_steps(model, prompts, choose, options=options)) as steps:
+        for tokens in steps:
+            running = [alive and token not in stop_ids for alive, token in zip(running, tokens, strict=True)]
+            yield [token if alive else None for token, alive in zip(tokens, running, strict=True)]
+            if not any(running):
+                return
+
+
+def _iter_steps(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], choose: Choose, *, options: GenerationOptions
+) -> Generator[list[int]]:
+    """Yield what `choose` makes of each step's logits, whether or not an answer has ended."""
+    inputs, mask_BT = _left_padded(model, prompts, device=_device(model))
+    cache = DynamicCache(config=model.config)
+    first_B = choose(_next_logits(model, inputs, cache))
+    lengths = [len(ids) for ids in prompts]
+    # The last token is never an input.
+    size = {"num_prompts": len(prompts), "num_tokens": max(lengths) + options.max_new_tokens - 1}
+    if not decodes_statically(model, num_new_tokens=options.max_new_tokens, **size):
+        yield from _iter_library_steps(model, cache, mask_BT, first_B, choose, options=options)
+        return
+    with borrow_decoder(model, greedy=options.temperature == 0, **size) as decoder:
+        decoder.fill(cache, lengths)
+        del cache
+        yield from decoder.steps(first_B, options.max_new_tokens, choose)
+
+
+def _iter_library_steps(
+    model: PreTrainedModel,
+    cache: DynamicCache,
+    mask_BT: torch.Tensor | None,
+    chosen_B: torch.Tensor,
+    choose: Choose,
+    *,
+    options: GenerationOptions,
+) -> Iterator[list[int]]:
+    """Go through the library's layers with each token."""
+    yield chosen_B.tolist()
+    for _ in range(options.max_new_tokens - 1):
         inputs = {"input_ids": chosen_B[:, None]}
         if mask_BT is not None:
-            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(prompts), 1)], dim=1)
+            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1)], dim=1)
             inputs |= {"attention_mask": mask_BT, "position_ids": mask_BT.sum(1, keepdim=True) - 1}
+        chosen_B = choose(_next_logits(model, inputs, cache))
+        yield chosen_B.tolist()
+
+
+def _next_logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor], cache: DynamicCache) -> torch.Tensor:
+    logits: torch.Tensor = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    return logits[:, -1].float()
 
 
 def choose_tokens(logits_BV: torch.Tensor, *, options: GenerationOptions, generator: torch.Generator) -> torch.Tensor:
@@ -139,7 +180,9 @@ def choose_tokens(logits_BV: torch.Tensor, *, options: GenerationOptions, genera
         # A token stays while those before it hold less than top_p, so that the likeliest always stays.
         beyond_BV = probability_BV.cumsum(-1) - probability_BV >= options.top_p
         logits_BV = logits_BV.masked_fill(beyond_BV.scatter(-1, order_BV, beyond_BV), -torch.inf)
-    return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)[:, 0]
+    # What torch.multinomial does, without asking the device whether the shares are valid, which waits for it.
+    share_BV = logits_BV.softmax(-1)
+    return (share_BV / torch.empty_like(share_BV).exponential_(generator=generator)).argmax(-1)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
@@ -177,7 +220,7 @@ def inference_state(model: PreTrainedModel) -> Iterator[None]:
     affordable = _device(model).type == "cpu" and expanded_nbytes(model) < available_bytes() // 2
     expanded = expanded_for_inference(model) if affordable else contextlib.nullcontext()
     # no_grad, not inference_mode: scratch buffers that grow in here are written again in training.
-    with eval_mode(model), torch.no_grad(), expanded, _fused(model):
+    with eval_mode(model), torch.no_grad(), expanded, _fused(model), keep_decoders(model):
         yield
 
 

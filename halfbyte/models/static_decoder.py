@@ -1,0 +1,377 @@
+"""Decoding with nothing left for the host to decide: one step of one token a prompt, recorded once as a CUDA graph.
+
+A token of a 7B model takes some five hundred kernels of a few microseconds, which is less than launching them costs.
+So the step is made of operations whose addresses and shapes never change, and one launch replays them all:
+
+    token -> embedding -> layers (fused_layers' families) -> norm -> head -> logits (-> the likeliest token)
+
+The cache has fixed places for every token to come; how many of them each prompt has filled is a number on the device,
+which the step itself increases. Prompts of a batch start at place 0 each: there is no padding and no mask. The prompt
+goes through the library's layers, whose cache is copied.
+
+The token that a step chose is the next one's input without leaving the device. The host reads it while the next step
+runs already; if it was the last one, that step was for nothing, and nobody sees it.
+
+Every operation has a reference in plain torch, so that the step runs without a graph, on a CPU too: for tests. What
+the graph reads is held by this object or by the model. Scratch buffers of the model's workspace are not used, for they
+move when they grow.
+
+Price: the cache for all tokens to come at once, the adapters once more in the dtype of the tokens, and some tenths of a
+second for recording.
+
+Shapes: B prompts, D width, K key heads, H head width, C capacity, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from halfbyte.models.fused_layers import FusedLayer, iter_decoder_layers, why_not_fused
+from halfbyte.nn.decode_group import DecodeGroup, kernel_fits, multiply_group
+from halfbyte.nn.linear import Linear4bit
+from halfbyte.nn.lora import LoraLinear
+from halfbyte.ops.decode_attention import decode_attention
+from halfbyte.ops.decode_inner import gated_inner, normed_inner, plain_inner
+from halfbyte.ops.matvec_4bit import DTYPES, MAX_TOKENS
+from halfbyte.ops.rotate_into_cache import HeadNorms, rotate_into_cache
+
+SHELLS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM")
+# Whose angles depend on nothing but the position.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+MAX_HEAD_WIDTH = 256
+CAPACITY_MULTIPLE = 256
+Choose = Callable[[torch.Tensor], torch.Tensor]
+"""Logits (B, V) in fp32 -> tokens (B)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Layer:
+    """What the step needs of a decoder layer."""
+
+    qkv: DecodeGroup
+    o: DecodeGroup
+    gate_up: DecodeGroup
+    down: DecodeGroup
+    norm1: Any
+    norm2: Any
+    head_norms: HeadNorms | None
+    rotates: bool
+    scale: float
+    window: int | None
+    key_BKCH: torch.Tensor
+    value_BKCH: torch.Tensor
+
+
+def why_not_static(model: PreTrainedModel, num_prompts: int) -> str | None:
+    """Return what keeps a model from being decoded here, or None."""
+    layers = list(iter_decoder_layers(model))
+    if type(model).__name__ not in SHELLS or not layers:
+        return f"{type(model).__name__} is not among the known models"
+    if not all(isinstance(layer, FusedLayer) and why_not_fused(layer) is None for layer in layers):
+        return "its layers are not fused"
+    embedding: Any = model.get_input_embeddings()
+    device, dtype = embedding.weight.device, embedding.weight.dtype
+    if model.training or torch.is_autocast_enabled(device.type) or dtype not in DTYPES:
+        return "it is in train mode or under autocast, or computes in an unusual dtype"
+    if any(p.device != device for p in model.parameters()):
+        return "it lies on several devices"
+    decoder: Any = model.model
+    if getattr(decoder.rotary_emb, "rope_type", "default") not in ROPE_TYPES:
+        return "its angles depend on the length"
+    if any(layer.self_attn.head_dim > MAX_HEAD_WIDTH or layer.self_attn.head_dim % 2 for layer in decoder.layers):
+        return f"its heads are odd, or wider than {MAX_HEAD_WIDTH}"
+    if num_prompts > MAX_TOKENS:
+        return f"there are more than {MAX_TOKENS} prompts"
+    projections = (*(p for layer in decoder.layers for p in _projections_of(layer)), model.lm_head)
+    if device.type == "cuda" and not all(kernel_fits(p, num_prompts, dtype) for p in projections):
+        return "a projection's 4-bit weight has blocks that its kernel does not take"
+    return None
+
+
+def cache_nbytes(model: PreTrainedModel, num_prompts: int, num_tokens: int) -> int:
+    """Return the bytes of the cache for so many tokens a prompt."""
+    decoder: Any = model.model
+    width = sum(layer.self_attn.k_proj.out_features for layer in decoder.layers)
+    itemsize: int = decoder.embed_tokens.weight.itemsize
+    return 2 * width * num_prompts * round_capacity(num_tokens) * itemsize
+
+
+def round_capacity(num_tokens: int) -> int:
+    """Return how many places a cache has for so many tokens: a little more, so that the next prompt may fit as well."""
+    return -(-num_tokens // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
+
+
+def weight_state(model: PreTrainedModel) -> tuple[Any, ...]:
+    """Return what changes whenever what a decoder has prepared is out of date."""
+    embedding: Any = model.get_input_embeddings()
+    adapted = [m for m in model.modules() if isinstance(m, LoraLinear)]
+    return (
+        embedding.weight.data_ptr(),
+        *((m.adapter_enabled, m.scaling, _identity(m.lora_A), _identity(m.lora_B)) for m in adapted),
+    )
+
+
+def _identity(tensor: torch.Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor._version
+
+
+class StaticDecoder:
+    """Decodes a few prompts at once."""
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        num_prompts: int,
+        num_tokens: int,
+        greedy: bool,
+        backend: str = "auto",
+        graph: bool | None = None,
+    ) -> None:
+        """Prepare a model that `why_not_static` has nothing against, and record its step.
+
+        Args:
+            model: Its weights are used where they are.
+            num_prompts: Decoded together.
+            num_tokens: The most that a prompt and its answer may have.
+            greedy: Whether the step chooses the likeliest token itself.
+            backend: Of the operations.
+            graph: Whether the step is recorded; None is where there is a CUDA device.
+        """
+        decoder: Any = model.model
+        self.embed, self.final_norm, self.head = decoder.embed_tokens, decoder.norm, model.lm_head
+        weight = self.embed.weight
+        self.device, self.dtype, self.backend, self.greedy = weight.device, weight.dtype, backend, greedy
+        self.num_prompts, self.capacity = num_prompts, round_capacity(num_tokens)
+        self.weight_state = weight_state(model)
+        # Of the first argument the library reads dtype and device.
+        positions_1C = torch.arange(self.capacity, device=self.device)[None]
+        cos_1CH, sin_1CH = decoder.rotary_emb(weight[:1], positions_1C)
+        self.cos_CH, self.sin_CH = cos_1CH[0].contiguous(), sin_1CH[0].contiguous()
+        layers = decoder.layers[: decoder.config.num_hidden_layers]
+        self.layers = [self._prepare(layer) for layer in layers]
+        in_group = isinstance(self.head, (LoraLinear, Linear4bit))
+        self.head_group = DecodeGroup((self.head,), self.dtype) if in_group else None
+        self.no_A_RD = torch.empty(0, weight.shape[1], dtype=self.dtype, device=self.device)
+        self.no_scale_R = torch.empty(0, dtype=torch.float32, device=self.device)
+        self.token_B = torch.zeros(num_prompts, dtype=torch.long, device=self.device)
+        self.length_B = torch.zeros(num_prompts, dtype=torch.int32, device=self.device)
+        self.host_tokens = [
+            torch.zeros(num_prompts, dtype=torch.long, pin_memory=self.device.type == "cuda") for _ in range(2)
+        ]
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits_BV = torch.empty(0)
+        if self.device.type == "cuda" if graph is None else graph:
+            self.logits_BV = self._record()
+
+    def serves(self, model: PreTrainedModel, *, num_prompts: int, num_tokens: int, greedy: bool) -> bool:
+        """Say whether this decoder does for these prompts, with the weights as they are now."""
+        return (
+            self.num_prompts == num_prompts
+            and self.capacity >= num_tokens
+            and self.greedy == greedy
+            and self.weight_state == weight_state(model)
+        )
+
+    @torch.no_grad()
+    def fill(self, cache: DynamicCache, lengths: Sequence[int]) -> None:
+        """Take over what the library's cache holds of prompts of these lengths, padded on the left."""
+        filled: Any
+        for layer, filled in zip(self.layers, cache.layers, strict=True):
+            for target, source in ((layer.key_BKCH, filled.keys), (layer.value_BKCH, filled.values)):
+                # A sliding layer holds the last tokens only, and no token will ask for the others.
+                present = source.shape[2]
+                if all(length == lengths[0] for length in lengths):
+                    kept = min(lengths[0], present)
+                    target[:, :, lengths[0] - kept : lengths[0]] = source[:, :, present - kept :]
+                    continue
+                for row, length in enumerate(lengths):
+                    kept = min(length, present)
+                    target[row, :, length - kept : length] = source[row, :, present - kept :]
+        self.length_B.copy_(torch.tensor(lengths, dtype=torch.int32))
+
+    @torch.no_grad()
+    def steps(self, first_B: torch.Tensor, num_steps: int, choose: Choose) -> Iterator[list[int]]:
+        """Yield the tokens of every prompt, `first_B` first; `num_steps` in all.
+
+        Args:
+            first_B: Chosen from the prompts' own logits.
+            num_steps: The cache has room for that many.
+            choose: Chooses tokens where the step does not.
+        """
+        self.token_B.copy_(first_B)
+        reading = self._send(0)
+        for number in range(1, num_steps):
+            self.advance(choose)
+            upcoming = self._send(number)
+            yield self._receive(reading)
+            reading = upcoming
+        yield self._receive(reading)
+
+    @torch.no_grad()
+    def advance(self, choose: Choose) -> None:
+        """Do one step; nothing waits for it."""
+        if self.graph is None:
+            self.logits_BV = self._step()
+        else:
+            self.graph.replay()
+        if not self.greedy:
+            self.token_B.copy_(choose(self.logits_BV.float()))
+
+    def close(self) -> None:
+        """Give the graph and its memory back."""
+        if self.graph is not None:
+            # Steps may be under way that nobody waited for.
+            torch.cuda.synchronize(self.device)
+            self.graph.reset()
+            self.graph = None
+        self.layers = []
+
+    def _record(self) -> torch.Tensor:
+        """Record the step, and return the logits that it writes."""
+        with torch.cuda.device(self.device):
+            stream = _recording_stream(self.device)
+            stream.wait_stream(torch.cuda.current_stream())
+            # Kernels are compiled and loaded, tables made and cuBLAS woken before, none of which a graph may do.
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._step()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            # Other threads go on using the device.
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                return self._step()
+
+    def _step(self) -> torch.Tensor:
+        """Put the tokens at hand behind their prompts, and return the logits of what follows."""
+        hidden_BD = self.embed(self.token_B)
+        for layer in self.layers:
+            hidden_BD = self._layer(layer, hidden_BD)
+        group = self.head_group
+        A_RD, scale_R = (self.no_A_RD, self.no_scale_R) if group is None else (group.A_RD, group.scale_R)
+        n_BD, u_BR = self._normed(self.final_norm, hidden_BD, A_RD, scale_R)
+        if group is None:
+            logits_BV = self.head(n_BD)
+        else:
+            (logits_BV,) = multiply_group(group, n_BD, u_BR, backend=self.backend)
+        if self.greedy:
+            self.token_B.copy_(logits_BV.argmax(-1))
+        self.length_B += 1
+        return logits_BV
+
+    def _layer(self, layer: _Layer, hidden_BD: torch.Tensor) -> torch.Tensor:
+        backend = self.backend
+        n_BD, u_BR = self._normed(layer.norm1, hidden_BD, layer.qkv.A_RD, layer.qkv.scale_R)
+        q_BA, k_BF, v_BF = multiply_group(layer.qkv, n_BD, u_BR, backend=backend)
+        q_BNH = rotate_into_cache(
+            q_BA,
+            k_BF,
+            v_BF,
+            cos_CH=self.cos_CH,
+            sin_CH=self.sin_CH,
+            length_B=self.length_B,
+            key_BKCH=layer.key_BKCH,
+            value_BKCH=layer.value_BKCH,
+            norms=layer.head_norms,
+            rotates=layer.rotates,
+            backend=backend,
+        )
+        a_BNH = decode_attention(
+            q_BNH,
+            layer.key_BKCH,
+            layer.value_BKCH,
+            self.length_B,
+            scale=layer.scale,
+            window=layer.window,
+            backend=backend,
+        )
+        a_BA = a_BNH.flatten(1)
+        u_BR = plain_inner(a_BA, layer.o.A_RD, layer.o.scale_R, backend=backend)
+        (hidden_BD,) = multiply_group(layer.o, a_BA, u_BR, residual=hidden_BD, backend=backend)
+        n_BD, u_BR = self._normed(layer.norm2, hidden_BD, layer.gate_up.A_RD, layer.gate_up.scale_R)
+        gate_BF, up_BF = multiply_group(layer.gate_up, n_BD, u_BR, backend=backend)
+        p_BF, u_BR = gated_inner(gate_BF, up_BF, layer.down.A_RD, layer.down.scale_R, backend=backend)
+        (hidden_BD,) = multiply_group(layer.down, p_BF, u_BR, residual=hidden_BD, backend=backend)
+        return hidden_BD
+
+    def _normed(
+        self, norm: Any, x_BD: torch.Tensor, A_RD: torch.Tensor, scale_R: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        eps = norm.variance_epsilon
+        return normed_inner(x_BD, norm.weight.detach(), A_RD, scale_R, eps=eps, backend=self.backend)
+
+    def _prepare(self, layer: Any) -> _Layer:
+        attention = layer.self_attn
+        projections = _projections_of(layer)
+        groups = (DecodeGroup(projections[a:b], self.dtype) for a, b in ((0, 3), (3, 4), (4, 6), (6, 7)))
+        qkv, o, gate_up, down = groups
+        key_heads = attention.k_proj.out_features // attention.head_dim
+        shape = (2, self.num_prompts, key_heads, self.capacity, attention.head_dim)
+        cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return _Layer(
+            qkv=qkv,
+            o=o,
+            gate_up=gate_up,
+            down=down,
+            norm1=layer.input_layernorm,
+            norm2=layer.post_attention_layernorm,
+            head_norms=_head_norms(attention),
+            rotates=bool(getattr(attention, "use_rope", True)),
+            scale=attention.scaling,
+            window=_window(attention),
+            key_BKCH=cache[0],
+            value_BKCH=cache[1],
+        )
+
+    def _send(self, number: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Have the chosen tokens copied to the host; of the two places that take turns, the other may be read."""
+        host_B = self.host_tokens[number % 2]
+        host_B.copy_(self.token_B, non_blocking=True)
+        if self.device.type != "cuda":
+            return host_B, None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return host_B, event
+
+    def _receive(self, sent: tuple[torch.Tensor, torch.cuda.Event | None]) -> list[int]:
+        host_B, event = sent
+        if event is not None:
+            event.synchronize()
+        tokens: list[int] = host_B.tolist()
+        return tokens
+
+
+@functools.cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream of a device that steps are recorded on: cuBLAS keeps a buffer for each, for good."""
+    return torch.cuda.Stream(device)
+
+
+def _projections_of(layer: Any) -> tuple[Any, ...]:
+    """Return q, k, v, o, gate, up and down."""
+    attention, mlp = layer.self_attn, layer.mlp
+    names = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    return (*names, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+
+
+def _head_norms(attention: Any) -> HeadNorms | None:
+    if getattr(attention, "q_norm", None) is None:
+        return None
+    q_norm, k_norm = attention.q_norm, attention.k_norm
+    assert q_norm.variance_epsilon == k_norm.variance_epsilon
+    return HeadNorms(q_weight_H=q_norm.weight.detach(), k_weight_H=k_norm.weight.detach(), eps=q_norm.variance_epsilon)
+
+
+def _window(attention: Any) -> int | None:
+    """Return how many keys a token sees, or None for all."""
+    if type(attention).__name__ == "MistralAttention":
+        return getattr(attention.config, "sliding_window", None)
+    window: int | None = getattr(attention, "sliding_window", None)
+    return window
