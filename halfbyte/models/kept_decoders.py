@@ -32,7 +32,8 @@ def decodes_statically(model: PreTrainedModel, *, num_prompts: int, num_tokens: 
     if device.type != "cuda" or num_new_tokens < MIN_NEW_TOKENS or why_not_static(model, num_prompts) is not None:
         return False
     reusable_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free_bytes = torch.cuda.mem_get_info(device)[0] + reusable_bytes
+    waiting_bytes = sum(decoder.cache_nbytes for decoder in _WAITING.get(model, ()))
+    free_bytes = torch.cuda.mem_get_info(device)[0] + reusable_bytes + waiting_bytes
     return cache_nbytes(model, num_prompts, num_tokens) < MAX_SHARE * free_bytes
 
 

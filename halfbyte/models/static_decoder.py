@@ -88,9 +88,9 @@ def why_not_static(model: PreTrainedModel, num_prompts: int) -> str | None:
         return f"its heads are odd, or wider than {MAX_HEAD_WIDTH}"
     if num_prompts > MAX_TOKENS:
         return f"there are more than {MAX_TOKENS} prompts"
-    projections = (*(p for layer in decoder.layers for p in _projections_of(layer)), model.lm_head)
-    if device.type == "cuda" and not all(kernel_fits(p, num_prompts, dtype) for p in projections):
-        return "a projection's 4-bit weight has blocks that its kernel does not take"
+    projections = (*(p for layer in decoder.layers for p in projections_of(layer)), model.lm_head)
+    if device.type == "cuda" and not all(kernel_fits(p, num_prompts, dtype=dtype, device=device) for p in projections):
+        return "a projection's 4-bit weight is not on the device, or has blocks that its kernel does not take"
     return None
 
 
@@ -225,6 +225,10 @@ class StaticDecoder:
         if not self.greedy:
             self.token_B.copy_(choose(self.logits_BV.float()))
 
+    @property
+    def cache_nbytes(self) -> int:
+        return sum(layer.key_BKCH.nbytes + layer.value_BKCH.nbytes for layer in self.layers)
+
     def close(self) -> None:
         """Give the graph and its memory back."""
         if self.graph is not None:
@@ -232,7 +236,7 @@ class StaticDecoder:
             torch.cuda.synchronize(self.device)
             self.graph.reset()
             self.graph = None
-        self.layers = []
+        self.layers, self.logits_BV = [], torch.empty(0)
 
     def _record(self) -> torch.Tensor:
         """Record the step, and return the logits that it writes."""
@@ -309,7 +313,7 @@ class StaticDecoder:
 
     def _prepare(self, layer: Any) -> _Layer:
         attention = layer.self_attn
-        projections = _projections_of(layer)
+        projections = projections_of(layer)
         groups = (DecodeGroup(projections[a:b], self.dtype) for a, b in ((0, 3), (3, 4), (4, 6), (6, 7)))
         qkv, o, gate_up, down = groups
         key_heads = attention.k_proj.out_features // attention.head_dim
@@ -322,10 +326,10 @@ class StaticDecoder:
             down=down,
             norm1=layer.input_layernorm,
             norm2=layer.post_attention_layernorm,
-            head_norms=_head_norms(attention),
+            head_norms=head_norms_of(attention),
             rotates=bool(getattr(attention, "use_rope", True)),
             scale=attention.scaling,
-            window=_window(attention),
+            window=window_of(attention),
             key_BKCH=cache[0],
             value_BKCH=cache[1],
         )
@@ -354,14 +358,15 @@ def _recording_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _projections_of(layer: Any) -> tuple[Any, ...]:
+def projections_of(layer: Any) -> tuple[Any, ...]:
     """Return q, k, v, o, gate, up and down."""
     attention, mlp = layer.self_attn, layer.mlp
     names = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
     return (*names, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
 
 
-def _head_norms(attention: Any) -> HeadNorms | None:
+def head_norms_of(attention: Any) -> HeadNorms | None:
+    """Return the norms of queries and keys, if there are any."""
     if getattr(attention, "q_norm", None) is None:
         return None
     q_norm, k_norm = attention.q_norm, attention.k_norm
@@ -369,7 +374,7 @@ def _head_norms(attention: Any) -> HeadNorms | None:
     return HeadNorms(q_weight_H=q_norm.weight.detach(), k_weight_H=k_norm.weight.detach(), eps=q_norm.variance_epsilon)
 
 
-def _window(attention: Any) -> int | None:
+def window_of(attention: Any) -> int | None:
     """Return how many keys a token sees, or None for all."""
     if type(attention).__name__ == "MistralAttention":
         return getattr(attention.config, "sliding_window", None)

@@ -58,12 +58,12 @@ class DecodeGroup:
             self.adapters = OuterAdapters.stack(Bs, widths, dtype=dtype, device=device)
 
 
-def kernel_fits(projection: Projection, num_tokens: int, dtype: torch.dtype) -> bool:
-    """Say whether a projection is not in 4 bits, or its weight one that the kernel of a few tokens takes."""
+def kernel_fits(projection: Projection, num_tokens: int, *, dtype: torch.dtype, device: torch.device) -> bool:
+    """Say whether a projection is not in 4 bits, or its weight one that the kernel takes for so many tokens."""
     base = projection.base if isinstance(projection, LoraLinear) else projection
     if not isinstance(base, Linear4bit):
         return True
-    x_TD = torch.empty(num_tokens, base.in_features, dtype=dtype, device=base.packed.device)
+    x_TD = torch.empty(num_tokens, base.in_features, dtype=dtype, device=device)
     return fits(x_TD, base.quantized)
 
 
