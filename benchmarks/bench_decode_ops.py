@@ -14,10 +14,9 @@ import torch
 
 from benchmarks.measure import num_buffer_sets, time_on_gpu
 from halfbyte.kernels.decode_attention import DecodeAttentionLaunch
-from halfbyte.ops.decode_attention import decode_attention_triton, default_launch
+from halfbyte.ops.decode_attention import Angles, HeadOptions, decode_attention_triton, default_launch
 from halfbyte.ops.decode_inner import gated_inner, normed_inner, plain_inner
 from halfbyte.ops.decode_outer import OuterAdapters, decode_outer
-from halfbyte.ops.rotate_into_cache import rotate_into_cache
 
 # Prompts, query heads, key heads, length, capacity; heads of 128.
 ATTENTION_SHAPES = [
@@ -44,7 +43,6 @@ def rows(device: torch.device) -> Iterator[Row]:
         for ranks in (0, 3 * RANK):
             yield from inner_rows(tokens, ranks, device)
         yield from outer_rows(tokens, device)
-        yield rotate_row(tokens, device)
 
 
 def attention_rows(shape: tuple[int, int, int, int, int], device: torch.device) -> Iterator[Row]:
@@ -52,9 +50,12 @@ def attention_rows(shape: tuple[int, int, int, int, int], device: torch.device) 
     cache_shape = (2, prompts, key_heads, capacity, HEAD_WIDTH)
     read_bytes = 4 * prompts * key_heads * (length + 1) * HEAD_WIDTH
     caches = [torch.randn(cache_shape, dtype=DTYPE, device=device) for _ in range(num_buffer_sets(read_bytes))]
-    q = torch.randn(prompts, query_heads, HEAD_WIDTH, dtype=DTYPE, device=device)
+    q = torch.randn(prompts, query_heads * HEAD_WIDTH, dtype=DTYPE, device=device)
+    k = torch.randn(prompts, key_heads * HEAD_WIDTH, dtype=DTYPE, device=device)
+    cos, sin = torch.randn(2, capacity, HEAD_WIDTH, dtype=DTYPE, device=device)
+    options = HeadOptions(scale=0.1, angles=Angles(cos_CH=cos, sin_CH=sin))
     length_B = torch.full((prompts,), length, dtype=torch.int32, device=device)
-    chosen = default_launch(q.shape, caches[0].shape[1:])
+    chosen = default_launch(query_heads, caches[0].shape[1:])
     others = [
         DecodeAttentionLaunch(num_splits=splits, keys_per_step=keys, num_warps=warps)
         for splits in SPLITS
@@ -62,8 +63,8 @@ def attention_rows(shape: tuple[int, int, int, int, int], device: torch.device) 
         for warps in WARPS
     ]
     for launch in (chosen, *others):
-        attend = functools.partial(decode_attention_triton, scale=0.1, launch=launch)
-        calls = [functools.partial(attend, q, cache[0], cache[1], length_B) for cache in caches]
+        attend = functools.partial(decode_attention_triton, options=options, launch=launch)
+        calls = [functools.partial(attend, q, k, k, length_B, cache[0], cache[1]) for cache in caches]
         row = timed("decode_attention", str(shape), calls)
         speed = round(read_bytes / float(str(row["us"])) / 1e3)
         yield row | {"gb_per_s": speed, "launch": str(launch), "chosen": launch is chosen}
@@ -95,17 +96,6 @@ def outer_rows(tokens: int, device: torch.device) -> Iterator[Row]:
             groups.append(OuterAdapters.stack(Bs, widths, dtype=DTYPE, device=device))
         calls = [functools.partial(decode_outer, u, group, residual=residual) for group in groups]
         yield timed("decode_outer", f"{tokens} x {widths}", calls)
-
-
-def rotate_row(tokens: int, device: torch.device) -> Row:
-    heads, capacity = WIDTH // HEAD_WIDTH, 256
-    q, k, v = torch.randn(3, tokens, WIDTH, dtype=DTYPE, device=device)
-    cos, sin = torch.randn(2, capacity, HEAD_WIDTH, dtype=DTYPE, device=device)
-    key, value = torch.zeros(2, tokens, heads, capacity, HEAD_WIDTH, dtype=DTYPE, device=device)
-    places = {"length_B": torch.full((tokens,), 99, dtype=torch.int32, device=device)}
-    places |= {"cos_CH": cos, "sin_CH": sin, "key_BKCH": key, "value_BKCH": value}
-    call = functools.partial(rotate_into_cache, q, k, v, **places)
-    return timed("rotate_into_cache", f"{tokens} x {heads} heads", [call])
 
 
 def timed(op: str, shape: str, calls: list[Callable[[], object]]) -> Row:

@@ -34,10 +34,7 @@ GATES = {
     "cross_entropy": ["tests/ops/test_cross_entropy.py"],
     "adamw8bit": ["tests/ops/test_adamw8bit.py"],
     "fused_ops": [f"tests/ops/test_{stem}.py" for stem in ("rms_norm", "rotary", "swiglu", "counter_dropout")],
-    "decode_ops": [
-        *(f"tests/ops/test_decode_{stem}.py" for stem in ("attention", "inner", "outer")),
-        "tests/ops/test_rotate_into_cache.py",
-    ],
+    "decode_ops": [f"tests/ops/test_decode_{stem}.py" for stem in ("attention", "inner", "outer")],
     "load": ["tests/models"],
     "train": ["tests/train"],
     "generate": ["tests/models/test_generate.py", "tests/models/test_static_decoder.py"],

@@ -1,9 +1,12 @@
-"""Attention of one new token over a cache of fixed places on a GPU, in one launch or two.
+"""Attention of one new token on a GPU: heads normed and turned, keys and values cached, in one launch or two.
 
 A program takes the query heads of one key head and a range of keys, [GROUP, KEYS, WIDTH] at a time. Each of its KEYS
 lanes keeps a running maximum, sum and weighted values of its own, so that the loop exchanges nothing between threads
 but a score's sum over a head's width; lanes are joined once, at the end. Products are on the ordinary units: a token
 reads every key for a few heads only, and the time is that of reading.
+
+Queries are normed and turned by every program that needs them: a few hundred bytes, against a launch of its own. The
+new token's key is one program's to make and to store; it begins that program's first lane and is not read back.
 
 Split-K: where one program a key head leaves most of the GPU idle, SPLITS programs share the keys of a prompt evenly,
 whatever their number is just then, and a second launch joins what they found. How many keys there are is read from the
@@ -23,7 +26,7 @@ import torch
 
 from halfbyte.kernels.launch import launch as launch_kernel
 
-# B prompts, N query heads, K key heads, H head width, C capacity of the cache
+# B prompts, N query heads, K key heads, H head width, A = N H, C capacity of the cache
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,44 +40,54 @@ class DecodeAttentionLaunch:
 
 
 def decode_attention(
-    q_BNH: torch.Tensor,
+    products: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    angles: tuple[torch.Tensor, torch.Tensor] | None,
+    norms: tuple[torch.Tensor, torch.Tensor] | None,
+    length_B: torch.Tensor,
     key_BKCH: torch.Tensor,
     value_BKCH: torch.Tensor,
-    length_B: torch.Tensor,
-    out_BNH: torch.Tensor,
+    out_BA: torch.Tensor,
     *,
+    eps: float,
     scale: float,
     window: int | None,
     launch: DecodeAttentionLaunch,
 ) -> None:
-    """Write what each head sees to `out_BNH`; arguments as those of the op, contiguous."""
-    prompts, query_heads, width = q_BNH.shape
-    key_heads, capacity = key_BKCH.shape[1:3]
-    splits, group = launch.num_splits, query_heads // key_heads
-    block = _power_of_two(width)
-    part_shape = (prompts * query_heads, splits, width)
-    part = out_BNH if splits == 1 else q_BNH.new_empty(part_shape, dtype=torch.float32)
-    stats = out_BNH if splits == 1 else q_BNH.new_empty(2, *part_shape[:2], dtype=torch.float32)
+    """Write what each head sees to `out_BA`, contiguous; arguments as those of the op."""
+    prompts, key_heads, capacity, width = key_BKCH.shape
+    query_heads, splits = out_BA.shape[1] // width, launch.num_splits
+    group = query_heads // key_heads
+    num_parts = prompts * query_heads * splits
+    part = out_BA if splits == 1 else out_BA.new_empty(num_parts, width, dtype=torch.float32)
+    stats = out_BA if splits == 1 else out_BA.new_empty(2, num_parts, dtype=torch.float32)
     launch_kernel(
         _attend_kernel(),
         prompts * key_heads * splits,
-        q_BNH,
+        *products,
+        *((out_BA, out_BA) if angles is None else angles),
+        *((out_BA, out_BA) if norms is None else norms),
+        length_B,
         key_BKCH,
         value_BKCH,
-        length_B,
-        out_BNH,
+        out_BA,
         part,
         stats,
+        *(product.stride(0) for product in products),
         capacity,
-        prompts * query_heads * splits,
+        num_parts,
+        eps,
         scale * math.log2(math.e),
+        TURN=_turn_function(),
         STEP=_step_function(),
+        STORE=_store_function(),
+        NORM=norms is not None,
+        ROTATE=angles is not None,
         WINDOW=window or 0,
         KEY_HEADS=key_heads,
         GROUP=group,
         GROUP_BLOCK=_power_of_two(group),
         WIDTH=width,
-        BLOCK=block,
+        BLOCK=_power_of_two(width),
         KEYS=launch.keys_per_step,
         SPLITS=splits,
         num_warps=launch.num_warps,
@@ -85,10 +98,10 @@ def decode_attention(
             prompts * query_heads,
             part,
             stats,
-            out_BNH,
-            prompts * query_heads * splits,
+            out_BA,
+            num_parts,
             WIDTH=width,
-            BLOCK=block,
+            BLOCK=_power_of_two(width),
             SPLITS=splits,
             SPLIT_BLOCK=_power_of_two(splits),
             num_warps=4,
@@ -97,6 +110,35 @@ def decode_attention(
 
 def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
+
+
+@functools.cache
+def _turn_function() -> Any:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _turn(
+        row_ptr, norm_ptr, cos_ptr, sin_ptr, in_head, column, eps,
+        NORM: tl.constexpr, ROTATE: tl.constexpr, WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        """Return heads normed and turned, [rows, 1, BLOCK]."""
+        in_width = column < WIDTH
+        x = tl.load(row_ptr + column, mask=in_head, other=0).to(tl.float32)
+        partner = tl.where(column < WIDTH // 2, column + WIDTH // 2, column - WIDTH // 2)
+        if NORM:
+            r = tl.rsqrt(tl.sum(x * x, axis=2) / WIDTH + eps)[:, :, None]
+            x = x * r * tl.load(norm_ptr + column, mask=in_width, other=0).to(tl.float32)
+        if ROTATE:
+            opposite = tl.load(row_ptr + partner, mask=in_head, other=0).to(tl.float32)
+            if NORM:
+                opposite = opposite * r * tl.load(norm_ptr + partner, mask=in_width, other=0).to(tl.float32)
+            cos = tl.load(cos_ptr + column, mask=in_width, other=0).to(tl.float32)
+            sin = tl.load(sin_ptr + column, mask=in_width, other=0).to(tl.float32)
+            x = x * cos + tl.where(column < WIDTH // 2, -opposite, opposite) * sin
+        return x
+
+    return _turn
 
 
 @functools.cache
@@ -127,58 +169,91 @@ def _step_function() -> Any:
 
 
 @functools.cache
+def _store_function() -> Any:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _store(
+        top, total, values, head, split, out_ptr, part_ptr, stats_ptr, num_parts,
+        GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    ):  # fmt: skip
+        """Join the lanes, and store the result or this program's part of it."""
+        highest = tl.max(top, axis=1)
+        shrink = tl.exp2(top - highest[:, None])
+        total_of_row = tl.sum(total * shrink, axis=1)
+        joined = tl.sum(values * shrink[:, :, None], axis=1)
+        row = tl.arange(0, GROUP_BLOCK)
+        column = tl.arange(0, BLOCK)[None, :]
+        mask = (row < GROUP)[:, None] & (column < WIDTH)
+        place = head * GROUP + row
+        if SPLITS == 1:
+            out = joined / total_of_row[:, None]
+            tl.store(out_ptr + place[:, None] * WIDTH + column, out.to(out_ptr.dtype.element_ty), mask=mask)
+        else:
+            place = place * SPLITS + split
+            tl.store(part_ptr + place[:, None] * WIDTH + column, joined, mask=mask)
+            tl.store(stats_ptr + place, highest, mask=row < GROUP)
+            tl.store(stats_ptr + num_parts + place, total_of_row, mask=row < GROUP)
+
+    return _store
+
+
+@functools.cache
 def _attend_kernel() -> Any:
     import triton
     import triton.language as tl
 
     @triton.jit(do_not_specialize=["num_parts"])
     def _decode_attention_kernel(
-        q_ptr, key_ptr, value_ptr, length_ptr, out_ptr, part_ptr, stats_ptr, capacity, num_parts, scale,
-        STEP: tl.constexpr, WINDOW: tl.constexpr, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr,
-        GROUP_BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+        q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, length_ptr, key_ptr, value_ptr, out_ptr,
+        part_ptr, stats_ptr, q_stride, k_stride, v_stride, capacity, num_parts, eps, scale,
+        TURN: tl.constexpr, STEP: tl.constexpr, STORE: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr,
+        WINDOW: tl.constexpr, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+        WIDTH: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
     ):  # fmt: skip
         split = tl.program_id(0) % SPLITS
         # The key head among those of all prompts.
         head = (tl.program_id(0) // SPLITS).to(tl.int64)
-        # The new token's own key is in the cache already.
-        end = tl.load(length_ptr + head // KEY_HEADS) + 1
-        first = end * 0
+        prompt, own_head = head // KEY_HEADS, head % KEY_HEADS
+        length = tl.load(length_ptr + prompt)
+        first = length * 0
         if WINDOW > 0:
-            first = tl.maximum(end - WINDOW, 0)
-        share = ((end - first + SPLITS - 1) // SPLITS + KEYS - 1) // KEYS * KEYS
+            first = tl.maximum(length + 1 - WINDOW, 0)
+        share = ((length - first + SPLITS - 1) // SPLITS + KEYS - 1) // KEYS * KEYS
         at = first + split * share
-        stop = tl.minimum(at + share, end)
+        stop = tl.minimum(at + share, length)
 
         row = tl.arange(0, GROUP_BLOCK)[:, None, None]
         column = tl.arange(0, BLOCK)[None, None, :]
-        in_head = (row < GROUP) & (column < WIDTH)
-        q = tl.load(q_ptr + (head * GROUP + row) * WIDTH + column, mask=in_head, other=0).to(tl.float32) * scale
+        cos_ptr += length * WIDTH
+        sin_ptr += length * WIDTH
         key_ptr += head * capacity * WIDTH
         value_ptr += head * capacity * WIDTH
+        in_head = (row < GROUP) & (column < WIDTH)
+        q_row = q_ptr + prompt * q_stride + (own_head * GROUP + row) * WIDTH
+        q = TURN(q_row, q_norm_ptr, cos_ptr, sin_ptr, in_head, column, eps, NORM, ROTATE, WIDTH) * scale
+        # The new token is the last program's, and there it is the first lane's.
+        is_mine = (column < WIDTH) & (split == SPLITS - 1)
+        k_row = k_ptr + prompt * k_stride + own_head * WIDTH
+        key = TURN(k_row, k_norm_ptr, cos_ptr, sin_ptr, is_mine, column, eps, NORM, ROTATE, WIDTH)
+        key = key.to(key_ptr.dtype.element_ty)
+        value = tl.load(v_ptr + prompt * v_stride + own_head * WIDTH + column, mask=is_mine, other=0)
+        tl.store(key_ptr + length * WIDTH + column, key, mask=is_mine)
+        tl.store(value_ptr + length * WIDTH + column, value.to(value_ptr.dtype.element_ty), mask=is_mine)
+        is_first = (tl.arange(0, KEYS)[None, :] == 0) & (split == SPLITS - 1)
+        own_score = tl.sum(q * key.to(tl.float32), axis=2)
         # Finite, or a lane without a key would subtract infinities.
-        top = tl.full([GROUP_BLOCK, KEYS], -1e30, tl.float32)
-        total = tl.zeros([GROUP_BLOCK, KEYS], tl.float32)
-        values = tl.zeros([GROUP_BLOCK, KEYS, BLOCK], tl.float32)
+        top = tl.where(is_first, own_score, -1e30)
+        total = tl.zeros([GROUP_BLOCK, KEYS], tl.float32) + tl.where(is_first, 1.0, 0.0)
+        values = total[:, :, None] * value.to(tl.float32)
         while at < stop:
             top, total, values = STEP(q, at, stop, top, total, values, key_ptr, value_ptr, WIDTH, BLOCK, KEYS)
             at += KEYS
-
-        highest = tl.max(top, axis=1)
-        shrink = tl.exp2(top - highest[:, None])
-        total_of_row = tl.sum(total * shrink, axis=1)
-        joined = tl.sum(values * shrink[:, :, None], axis=1)
-        flat_row = tl.arange(0, GROUP_BLOCK)
-        flat_column = tl.arange(0, BLOCK)[None, :]
-        mask = (flat_row < GROUP)[:, None] & (flat_column < WIDTH)
-        place = head * GROUP + flat_row
-        if SPLITS == 1:
-            out = joined / total_of_row[:, None]
-            tl.store(out_ptr + place[:, None] * WIDTH + flat_column, out.to(out_ptr.dtype.element_ty), mask=mask)
-        else:
-            place = place * SPLITS + split
-            tl.store(part_ptr + place[:, None] * WIDTH + flat_column, joined, mask=mask)
-            tl.store(stats_ptr + place, highest, mask=flat_row < GROUP)
-            tl.store(stats_ptr + num_parts + place, total_of_row, mask=flat_row < GROUP)
+        STORE(
+            top, total, values, head, split, out_ptr, part_ptr, stats_ptr, num_parts,
+            GROUP, GROUP_BLOCK, WIDTH, BLOCK, SPLITS,
+        )  # fmt: skip
 
     return _decode_attention_kernel
 

@@ -36,10 +36,9 @@ from halfbyte.models.fused_layers import FusedLayer, iter_decoder_layers, why_no
 from halfbyte.nn.decode_group import DecodeGroup, kernel_fits, multiply_group
 from halfbyte.nn.linear import Linear4bit
 from halfbyte.nn.lora import LoraLinear
-from halfbyte.ops.decode_attention import decode_attention
+from halfbyte.ops.decode_attention import Angles, HeadNorms, HeadOptions, decode_attention
 from halfbyte.ops.decode_inner import gated_inner, normed_inner, plain_inner
 from halfbyte.ops.matvec_4bit import DTYPES, MAX_TOKENS
-from halfbyte.ops.rotate_into_cache import HeadNorms, rotate_into_cache
 
 SHELLS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM")
 # Whose angles depend on nothing but the position.
@@ -60,10 +59,7 @@ class _Layer:
     down: DecodeGroup
     norm1: Any
     norm2: Any
-    head_norms: HeadNorms | None
-    rotates: bool
-    scale: float
-    window: int | None
+    heads: HeadOptions
     key_BKCH: torch.Tensor
     value_BKCH: torch.Tensor
 
@@ -154,7 +150,7 @@ class StaticDecoder:
         # Of the first argument the library reads dtype and device.
         positions_1C = torch.arange(self.capacity, device=self.device)[None]
         cos_1CH, sin_1CH = decoder.rotary_emb(weight[:1], positions_1C)
-        self.cos_CH, self.sin_CH = cos_1CH[0].contiguous(), sin_1CH[0].contiguous()
+        self.angles = Angles(cos_CH=cos_1CH[0].contiguous(), sin_CH=sin_1CH[0].contiguous())
         layers = decoder.layers[: decoder.config.num_hidden_layers]
         self.layers = [self._prepare(layer) for layer in layers]
         in_group = isinstance(self.head, (LoraLinear, Linear4bit))
@@ -274,29 +270,16 @@ class StaticDecoder:
         backend = self.backend
         n_BD, u_BR = self._normed(layer.norm1, hidden_BD, layer.qkv.A_RD, layer.qkv.scale_R)
         q_BA, k_BF, v_BF = multiply_group(layer.qkv, n_BD, u_BR, backend=backend)
-        q_BNH = rotate_into_cache(
+        a_BA = decode_attention(
             q_BA,
             k_BF,
             v_BF,
-            cos_CH=self.cos_CH,
-            sin_CH=self.sin_CH,
-            length_B=self.length_B,
-            key_BKCH=layer.key_BKCH,
-            value_BKCH=layer.value_BKCH,
-            norms=layer.head_norms,
-            rotates=layer.rotates,
-            backend=backend,
-        )
-        a_BNH = decode_attention(
-            q_BNH,
+            self.length_B,
             layer.key_BKCH,
             layer.value_BKCH,
-            self.length_B,
-            scale=layer.scale,
-            window=layer.window,
+            options=layer.heads,
             backend=backend,
         )
-        a_BA = a_BNH.flatten(1)
         u_BR = plain_inner(a_BA, layer.o.A_RD, layer.o.scale_R, backend=backend)
         (hidden_BD,) = multiply_group(layer.o, a_BA, u_BR, residual=hidden_BD, backend=backend)
         n_BD, u_BR = self._normed(layer.norm2, hidden_BD, layer.gate_up.A_RD, layer.gate_up.scale_R)
@@ -326,10 +309,12 @@ class StaticDecoder:
             down=down,
             norm1=layer.input_layernorm,
             norm2=layer.post_attention_layernorm,
-            head_norms=head_norms_of(attention),
-            rotates=bool(getattr(attention, "use_rope", True)),
-            scale=attention.scaling,
-            window=window_of(attention),
+            heads=HeadOptions(
+                scale=attention.scaling,
+                window=window_of(attention),
+                norms=head_norms_of(attention),
+                angles=self.angles if getattr(attention, "use_rope", True) else None,
+            ),
             key_BKCH=cache[0],
             value_BKCH=cache[1],
         )

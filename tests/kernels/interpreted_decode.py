@@ -15,7 +15,6 @@ from tests.ops.decode_cases import (
     check_decode_attention,
     check_decode_inner,
     check_decode_outer,
-    check_rotate_into_cache,
 )
 from tests.ops.fused_cases import Place
 
@@ -42,9 +41,9 @@ def test_decode_attention_kernels_match_fp64(
 @DTYPE
 @pytest.mark.parametrize("rotates", [False, True], ids=["still", "rotates"])
 @pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
-def test_rotate_into_cache_kernel_matches_fp64(normed: bool, rotates: bool, dtype: torch.dtype) -> None:
-    for lengths, heads in (((0,), (1, 1, 16)), ((3, 0, 7), (4, 2, 80)), ((5, 6), (3, 3, 128))):
-        check_rotate_into_cache(lengths, heads, dtype, interpreted(dtype), normed=normed, rotates=rotates)
+def test_decode_attention_kernels_norm_and_turn_heads(normed: bool, rotates: bool, dtype: torch.dtype) -> None:
+    for shape in ATTENTION_SHAPES:
+        check_decode_attention(shape, dtype, interpreted(dtype), window=40, normed=normed, rotates=rotates)
 
 
 @DTYPE

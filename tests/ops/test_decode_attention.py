@@ -10,6 +10,8 @@ from tests.ops.decode_cases import ATTENTION_SHAPES, WINDOWS, check_decode_atten
 from tests.ops.fused_cases import Place
 
 DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+ROTATES = pytest.mark.parametrize("rotates", [False, True], ids=["still", "rotates"])
+NORMED = pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
 LARGE_SHAPES = [((200,), 32, 32, 128, 256), ((4000, 17, 900), 32, 8, 128, 4096), ((8191,), 28, 4, 128, 8192)]
 
 
@@ -22,10 +24,17 @@ def test_decode_attention_matches_fp64(
     check_decode_attention(shape, dtype, Place(), window=window)
 
 
+@DTYPE
+@ROTATES
+@NORMED
+def test_decode_attention_norms_and_turns_heads(normed: bool, rotates: bool, dtype: torch.dtype) -> None:
+    for shape in ATTENTION_SHAPES:
+        check_decode_attention(shape, dtype, Place(), normed=normed, rotates=rotates, angle_dtype=dtype)
+
+
 def test_default_launch_splits_long_caches_of_few_heads() -> None:
     def splits(prompts: int, query_heads: int, key_heads: int, capacity: int) -> int:
-        shapes = torch.Size([prompts, query_heads, 128]), torch.Size([prompts, key_heads, capacity, 128])
-        return default_launch(*shapes).num_splits
+        return default_launch(query_heads, torch.Size([prompts, key_heads, capacity, 128])).num_splits
 
     assert splits(1, 32, 32, 64) == 1
     assert 1 < splits(1, 32, 32, 4096) <= splits(1, 32, 8, 4096)
@@ -40,3 +49,14 @@ def test_decode_attention_kernels_on_a_gpu_match_fp64(
     shape: tuple[tuple[int, ...], int, int, int, int], window: int | None, dtype: torch.dtype
 ) -> None:
     check_decode_attention(shape, dtype, Place("triton", "cuda"), window=window)
+
+
+@pytest.mark.gpu
+@DTYPE
+@ROTATES
+@NORMED
+def test_decode_attention_kernels_on_a_gpu_norm_and_turn_heads(normed: bool, rotates: bool, dtype: torch.dtype) -> None:
+    place = Place("triton", "cuda")
+    for shape in (*ATTENTION_SHAPES, *LARGE_SHAPES, ((9,), 32, 32, 256, 64)):
+        for angle_dtype in (torch.float32, dtype):
+            check_decode_attention(shape, dtype, place, normed=normed, rotates=rotates, angle_dtype=angle_dtype)
