@@ -58,6 +58,8 @@ LLAMA_7B = {
     "num_key_value_heads": 32,
 }
 
+CHECKPOINTING: dict[str, bool | str] = {"0": False, "1": True, "auto": "auto", "offload": "offload"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
@@ -118,7 +120,9 @@ def rows(device: torch.device) -> Iterator[dict[str, object]]:
     on_gpu = device.type == "cuda"
     setting = Setting(batch=4, seq=1024, steps=8, accumulation=2) if on_gpu else Setting(batch=4, seq=512, steps=4)
     shape = LLAMA_7B if on_gpu else SMOLLM2_135M
-    variants = [(True, False, 0.0), (True, False, 0.05), (True, True, 0.05), (False, False, 0.05), (False, True, 0.05)]
+    variants: list[tuple[bool, bool | str, float]] = [(True, False, 0.0), (True, False, 0.05), (True, True, 0.05)]
+    variants += [(True, "offload", 0.05)] if on_gpu else []
+    variants += [(False, False, 0.05), (False, True, 0.05)]
     for fused, checkpointing, dropout in variants:
         model = build_random_model(shape, device)
         yield {"model": "Llama-7B shape" if on_gpu else "SmolLM2-135M shape"} | measure_speed(
@@ -162,7 +166,7 @@ def measure_speed(model: PreTrainedModel, setting: Setting) -> dict[str, object]
         "seq": setting.seq,
         "dropout": setting.dropout,
         "fused": setting.fused,
-        "ckpt": int(setting.checkpointing is True),
+        "ckpt": next(name for name, value in CHECKPOINTING.items() if value is setting.checkpointing),
         "dtype": str(default_compute_dtype(device)).removeprefix("torch."),
         "step_ms": round(1e3 * statistics.median(steady) / setting.accumulation, 1),
         "tok_s": round(tokens / statistics.mean(steady), 1),
@@ -223,7 +227,7 @@ def train_on_blocks(options: argparse.Namespace) -> dict[str, object]:
         batch=options.batch,
         seq=seq,
         steps=options.steps,
-        checkpointing=bool(options.ckpt),
+        checkpointing=CHECKPOINTING[options.ckpt],
         dropout=options.dropout,
         fused=not options.generic,
     )
@@ -288,7 +292,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=1024, help="for random tokens")
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps; for random tokens micro-batches")
-    parser.add_argument("--ckpt", type=int, choices=(0, 1), default=0, help="compute activations again")
+    parser.add_argument("--ckpt", choices=tuple(CHECKPOINTING), default="0", help="compute activations again")
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--generic", action="store_true", help="the path for any architecture")
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
@@ -305,7 +309,7 @@ def main() -> int:
             seq=options.seq,
             steps=options.steps // 2,
             accumulation=2,
-            checkpointing=bool(options.ckpt),
+            checkpointing=CHECKPOINTING[options.ckpt],
             dropout=options.dropout,
             fused=not options.generic,
         )

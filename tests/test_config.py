@@ -77,7 +77,7 @@ def write(folder: Path, text: str) -> Path:
         (lambda: TrainSection(resume=True, overwrite=True), "choose one"),
         (
             lambda: TrainSection(gradient_checkpointing=1),
-            "train.gradient_checkpointing is 1; allowed: auto, or true or false",
+            "train.gradient_checkpointing is 1; allowed: auto, offload, or true or false",
         ),
         (lambda: config(train=TrainSection(group_by_length=True)), "set data.packing=false"),
         (

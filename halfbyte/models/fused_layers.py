@@ -16,7 +16,7 @@ import collections
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,9 +24,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from halfbyte.memory.activation_offload import ActivationOffload
 from halfbyte.models.decode_layer import TokenState, can_decode, decode_layer
 from halfbyte.nn.convert import workspace_of
-from halfbyte.nn.decoder_block import BlockParts, Norm, Policy, decoder_block
+from halfbyte.nn.decoder_block import decoder_block
+from halfbyte.nn.decoder_block_parts import BlockParts, GradientSums, KeptNumbers, Norm, Policy
 from halfbyte.nn.linear import Linear4bit
 from halfbyte.nn.lora import LoraLinear
 from halfbyte.nn.projection_group import ProjectionGroup, WeightOwner
@@ -41,6 +43,8 @@ LAYER_CLASSES = (
     "SmolLM3DecoderLayer",
 )
 ATTENTION_PROJECTIONS, MLP_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+# One buffer for two weights that are never needed at once, see `halfbyte.nn.decoder_block`.
+QKV_OR_DOWN = "qkv_or_down"
 CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 SILU = {"silu", "swish"}
 
@@ -70,6 +74,9 @@ class _Binding:
     adapters_ride: bool
     token: TokenState
     seeds: DropoutSeeds
+    offload: ActivationOffload
+    sums: GradientSums
+    fp8: bool = False
     modules: tuple[nn.Module, ...] = ()
     """Of which the parts were made."""
     parts: BlockParts | None = None
@@ -133,13 +140,16 @@ class FusedLayer:
         )
 
 
-def fuse_layers_(model: PreTrainedModel, *, policy: Policy = "keep", adapters_ride: bool | None = None) -> FusionReport:
+def fuse_layers_(
+    model: PreTrainedModel, *, policy: Policy = "keep", adapters_ride: bool | None = None, fp8: bool = False
+) -> FusionReport:
     """Let fused blocks compute the decoder layers of a model, if all of them fit.
 
     Args:
         model: Changed in place, its layers' classes only.
         policy: What every block keeps for its backward.
         adapters_ride: Whether adapters lie beside the weights in products; None is what is best on the device.
+        fp8: Whether frozen weights are multiplied in fp8; on a CPU, for tests, in fp32 after rounding to it.
 
     Returns:
         How many layers were fused: all or none; and why not.
@@ -151,14 +161,14 @@ def fuse_layers_(model: PreTrainedModel, *, policy: Policy = "keep", adapters_ri
     if reasons:
         return FusionReport(0, dict(reasons))
     owners: dict[str, WeightOwner] = {}
-    token, seeds = TokenState(), DropoutSeeds()
+    shared = (TokenState(), DropoutSeeds(), ActivationOffload(), GradientSums())
     if adapters_ride is None:
         adapters_ride = next(model.parameters()).device.type == "cuda"
     for layer in layers:
         if not isinstance(layer, FusedLayer):
             layer_class: Any = type(layer)
             layer.__class__ = _fused_class(layer_class)
-        binding: Any = _Binding(workspace_of(model), owners, policy, adapters_ride, token, seeds)
+        binding: Any = _Binding(workspace_of(model), owners, policy, adapters_ride, *shared, fp8=fp8)
         object.__setattr__(layer, "halfbyte_binding", binding)
     return FusionReport(len(layers), {})
 
@@ -172,10 +182,14 @@ def unfuse_layers_(model: PreTrainedModel) -> None:
             layer.__class__ = plain
 
 
-def set_policy(model: PreTrainedModel, policy: Policy) -> None:
-    """Choose what the fused blocks of a model keep for their backward."""
-    for layer in iter_fused_layers(model):
-        layer.halfbyte_binding.policy = policy
+def set_policy(model: PreTrainedModel, policy: Policy | Sequence[Policy]) -> None:
+    """Choose what the fused blocks of a model keep for their backward: the same for all, or one for each in order."""
+    layers = list(iter_fused_layers(model))
+    policies = [policy] * len(layers) if isinstance(policy, str) else policy
+    for layer, one in zip(layers, policies, strict=True):
+        layer.halfbyte_binding.policy = one
+    if layers:
+        offload_of(model).release()
 
 
 def dropout_seeds_of(model: PreTrainedModel) -> DropoutSeeds:
@@ -183,15 +197,32 @@ def dropout_seeds_of(model: PreTrainedModel) -> DropoutSeeds:
     return next(iter_fused_layers(model)).halfbyte_binding.seeds
 
 
+def offload_of(model: PreTrainedModel) -> ActivationOffload:
+    """Return where the fused blocks of a model put activations away."""
+    return next(iter_fused_layers(model)).halfbyte_binding.offload
+
+
+def gradient_sums_of(model: PreTrainedModel) -> GradientSums:
+    """Return where the fused blocks of a model may add the gradients of their adapters."""
+    return next(iter_fused_layers(model)).halfbyte_binding.sums
+
+
 def iter_fused_layers(model: PreTrainedModel) -> Iterator[FusedLayer]:
     """Yield the layers that fused blocks compute."""
     return (layer for layer in model.modules() if isinstance(layer, FusedLayer))
 
 
-def kept_bytes_per_token(model: PreTrainedModel, policy: Policy, *, itemsize: int) -> int:
-    """Return what the fused blocks of a model keep of each token for their backward."""
+def kept_bytes_per_token(model: PreTrainedModel, policy: Policy, *, itemsize: int) -> list[KeptNumbers]:
+    """Return how many bytes of each token each fused block of a model keeps for its backward, in order."""
     parts = (_current_parts(layer) for layer in iter_fused_layers(model))
-    return itemsize * sum(part.kept_numbers(policy) for part in parts if part is not None)
+    kept = (part.kept_numbers(policy) for part in parts if part is not None)
+    return [KeptNumbers(device=itemsize * numbers.device, host=itemsize * numbers.host) for numbers in kept]
+
+
+def passing_bytes_per_token(model: PreTrainedModel, *, itemsize: int) -> int:
+    """Return how many bytes of each token are alive while a fused block is computed, beside what blocks keep."""
+    parts = (_current_parts(layer) for layer in iter_fused_layers(model))
+    return itemsize * max((part.passing_numbers for part in parts if part is not None), default=0)
 
 
 def iter_decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
@@ -264,10 +295,10 @@ def _build_parts(layer: Any, binding: _Binding) -> BlockParts:
     make = functools.partial(_make_group, binding=binding)
     head_width = layer.self_attn.head_dim
     return BlockParts(
-        qkv=make(q, k, v, kind="qkv"),
+        qkv=make(q, k, v, kind=QKV_OR_DOWN),
         o=make(o, kind="o"),
         gate_up=make(gate, up, kind="gate_up"),
-        down=make(down, kind="down"),
+        down=make(down, kind=QKV_OR_DOWN),
         norm1=norms[0],
         norm2=norms[1],
         q_norm=norms[2] if len(norms) == 4 else None,
@@ -277,6 +308,8 @@ def _build_parts(layer: Any, binding: _Binding) -> BlockParts:
         head_width=head_width,
         rotates=bool(getattr(layer.self_attn, "use_rope", True)),
         workspace=binding.workspace,
+        offload=binding.offload,
+        sums=binding.sums,
     )
 
 
@@ -287,6 +320,7 @@ def _make_group(*layers: Any, kind: str, binding: _Binding) -> ProjectionGroup:
         workspace=binding.workspace,
         owners=binding.owners,
         adapters_ride=binding.adapters_ride,
+        products="fp8" if binding.fp8 else "16bit",
     )
 
 

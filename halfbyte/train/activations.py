@@ -1,13 +1,18 @@
-"""Whether to keep activations for the backward or to compute them again.
+"""Whether to keep activations for the backward, to put them away, or to compute them again.
 
 Keeping is faster by the forward pass that recomputing costs (28% of a step's arithmetic). What it takes is known for
-fused blocks, which have a policy between all and nothing too. No formula knows it for all architectures; there it is
-measured: a forward of a few tokens counts the bytes that autograd keeps, which grow in proportion to tokens. The
-micro-batch at hand decides.
+fused blocks, which have policies between all and nothing, see `halfbyte.nn.decoder_block`: from the fastest, everything
+kept; gate and up computed again; attention's input put away into host memory; the block computed again. Neighbours on
+this ladder may share a model, the later blocks keeping more, and the plan is the first such mix that fits, from the
+fastest. No formula knows what other architectures keep; there it is measured: a forward of a few tokens counts the
+bytes that autograd keeps, which grow in proportion to tokens. The micro-batch at hand decides.
 """
 
 from __future__ import annotations
 
+import itertools
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,37 +21,50 @@ from transformers import PreTrainedModel
 
 from halfbyte.data.packing import IGNORE_INDEX
 from halfbyte.device import available_bytes
-from halfbyte.models.fused_layers import kept_bytes_per_token, set_policy
+from halfbyte.models.fused_layers import (
+    kept_bytes_per_token,
+    offload_of,
+    passing_bytes_per_token,
+    set_policy,
+)
 from halfbyte.models.modes import train_mode
 from halfbyte.models.packed_inputs import compute_dtype_of
-from halfbyte.nn.decoder_block import Policy
+from halfbyte.nn.decoder_block_parts import KeptNumbers, Policy
 from halfbyte.train.loss import LossPath
 
+Checkpointing = bool | Literal["auto", "offload"]
 PROBE_TOKENS = 64
 # From the fastest, which keeps most.
 POLICY_TEXTS: dict[Policy, str] = {
     "keep": "all kept",
     "mlp": "kept but for gate and up, which are computed again",
-    "block": "every block computed again",
+    "offload": "in host memory, but for what follows from attention's input, which is computed again",
+    "block": "computed again from the block's input",
 }
 # Gradients and temporaries live beside what is kept, and another program may want memory too.
 TEMPORARY_SHARE = 1.3
 USABLE_SHARE = 0.8
+# The same where temporaries are known: what the allocator cannot fill.
+UNFILLED_SHARE = 1.1
+# Pinned memory comes in pieces.
+PIECES_SHARE = 17 / 16
 
 
 def choose_checkpointing(
-    model: PreTrainedModel, loss_path: LossPath, *, wanted: bool | Literal["auto"], num_tokens: int
+    model: PreTrainedModel, loss_path: LossPath, *, wanted: Checkpointing, num_tokens: int
 ) -> tuple[bool, str]:
     """Say whether activations are computed again in the backward, and why.
 
     Args:
         model: In the form in which it is trained.
         loss_path: How its loss is computed.
-        wanted: True or False decides; "auto" measures.
+        wanted: True or False decides; "auto" measures; "offload", which fused blocks alone can do, is taken for True.
         num_tokens: Tokens of the largest micro-batch.
     """
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return True, "gradient checkpointing: on, as the model has it"
+    if wanted == "offload":
+        return True, "gradient checkpointing: on, because only fused blocks can put activations away"
     if wanted != "auto":
         return wanted, f"gradient checkpointing: {'on' if wanted else 'off'}, as set"
     device = next(model.parameters()).device
@@ -59,36 +77,98 @@ def choose_checkpointing(
     )
 
 
-def choose_policy_(model: PreTrainedModel, *, wanted: bool | Literal["auto"], num_tokens: int) -> str:
+def choose_policy_(model: PreTrainedModel, *, wanted: Checkpointing, num_tokens: int) -> str:
     """Set what the fused blocks of a model keep, and say what and why.
 
     Args:
         model: With fused layers; library checkpointing that is on becomes the policy that recomputes blocks.
-        wanted: False keeps everything, True recomputes every block, "auto" takes the fastest that fits.
+        wanted: False keeps everything, True recomputes every block, "offload" puts away as much as fits into host
+            memory, "auto" takes the fastest that fits.
         num_tokens: Tokens of the largest micro-batch.
     """
     checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     for module in checkpointed:
         module.gradient_checkpointing = False  # type: ignore[assignment]
-    if checkpointed or wanted != "auto":
+    if checkpointed or isinstance(wanted, bool):
         policy: Policy = "block" if checkpointed or wanted else "keep"
         set_policy(model, policy)
         return f"activations: {POLICY_TEXTS[policy]}, as {'the model has it' if checkpointed else 'set'}"
+    # What an earlier choice has pinned is free for this one.
+    offload_of(model).release()
     device = next(model.parameters()).device
     itemsize = compute_dtype_of(model).itemsize
+    kept = {policy: kept_bytes_per_token(model, policy, itemsize=itemsize) for policy in POLICY_TEXTS}
+    passing = passing_bytes_per_token(model, itemsize=itemsize)
     usable = free_bytes(device) * USABLE_SHARE
-    needed = 0.0
-    policy = "block"
-    for candidate in POLICY_TEXTS:
-        needed = kept_bytes_per_token(model, candidate, itemsize=itemsize) * num_tokens * TEMPORARY_SHARE
-        if needed <= usable:
-            policy = candidate
-            break
-    set_policy(model, policy)
+    usable_on_host = (usable if device.type == "cpu" else available_bytes() * USABLE_SHARE) / PIECES_SHARE
+    room = KeptNumbers(int(usable / UNFILLED_SHARE / num_tokens) - passing, int(usable_on_host / num_tokens))
+    policies = plan_policies(kept, room, ladder=_choose_ladder(device, wanted))
+    set_policy(model, policies)
+    taken = [kept[policy][index] for index, policy in enumerate(policies)]
+    needed = (sum(one.device for one in taken) + _on_the_way(taken) + passing) * num_tokens * UNFILLED_SHARE
+    on_host = sum(one.host for one in taken) * num_tokens
     return (
-        f"activations: {POLICY_TEXTS[policy]}; with {num_tokens} tokens that takes about {needed / 2**30:.1f} GiB, "
-        f"{usable / 2**30:.1f} GiB are free for it"
+        f"activations: {describe_policies(policies)}{', as set' if wanted == 'offload' else ''}; with {num_tokens} "
+        f"tokens that takes about {needed / 2**30:.1f} GiB"
+        + (f" and {on_host / 2**30:.1f} GiB of host memory" if on_host else "")
+        + f", {usable / 2**30:.1f} GiB are free for it"
     )
+
+
+def _choose_ladder(device: torch.device, wanted: Checkpointing) -> tuple[Policy, ...]:
+    if wanted == "offload":
+        return ("offload", "block")
+    # On a CPU there is one memory, and no use in putting away.
+    return ("keep", "mlp", "block") if device.type == "cpu" else ("keep", "mlp", "offload", "block")
+
+
+def plan_policies(
+    kept: Mapping[Policy, Sequence[KeptNumbers]], room: KeptNumbers, *, ladder: Sequence[Policy]
+) -> list[Policy]:
+    """Return the fastest policy for each block that fits or, where nothing fits, what takes least of the device.
+
+    Blocks take one of two neighbours on the ladder: the later ones, whose backward comes first, the one that keeps
+    more. The last blocks' tensors live shortest, and those that are put away have the longest time to come back.
+
+    Args:
+        kept: Bytes a token that each block keeps on the device and on the host, by policy.
+        room: The same that there is room for.
+        ladder: From the policy that keeps most on the device.
+    """
+    num_blocks = len(kept[ladder[-1]])
+
+    def mix(more: Policy, less: Policy, room: KeptNumbers) -> list[Policy] | None:
+        for count in range(num_blocks, 0, -1):
+            policies = [less] * (num_blocks - count) + [more] * count
+            if _fits(policies, kept, room):
+                return policies
+        return None
+
+    for more, less in itertools.pairwise(ladder):
+        if (policies := mix(more, less, room)) is not None:
+            return policies
+    least = mix("offload", "block", room._replace(device=sys.maxsize)) if "offload" in ladder else None
+    return least or [ladder[-1]] * num_blocks
+
+
+def _fits(policies: Sequence[Policy], kept: Mapping[Policy, Sequence[KeptNumbers]], room: KeptNumbers) -> bool:
+    taken = [kept[policy][index] for index, policy in enumerate(policies)]
+    device = sum(one.device for one in taken) + _on_the_way(taken)
+    return device <= room.device and sum(one.host for one in taken) <= room.host
+
+
+def _on_the_way(taken: Sequence[KeptNumbers]) -> int:
+    """Return what is on the device of that which is put away: the tensors of two blocks."""
+    return sum(sorted((one.host for one in taken), reverse=True)[:2])
+
+
+def describe_policies(policies: Sequence[Policy]) -> str:
+    """Return what blocks keep, for people."""
+    runs = [(policy, len(list(group))) for policy, group in itertools.groupby(policies)]
+    if len(runs) == 1:
+        return POLICY_TEXTS[runs[0][0]]
+    first, last = runs[0], runs[-1]
+    return f"of the first {first[1]} blocks {POLICY_TEXTS[first[0]]}, of the last {last[1]} {POLICY_TEXTS[last[0]]}"
 
 
 def measure_kept_bytes(model: PreTrainedModel, loss_path: LossPath) -> int:
@@ -120,7 +200,9 @@ def measure_kept_bytes(model: PreTrainedModel, loss_path: LossPath) -> int:
 def free_bytes(device: torch.device) -> int:
     """Return the bytes that a process can still take on the device."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+        free, total = torch.cuda.mem_get_info(device)
+        if (share := getattr(torch.cuda, "get_per_process_memory_fraction", None)) is not None:
+            free = min(free, int(share(device) * total) - torch.cuda.memory_reserved(device))
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     limit = _free_by_control_group()
     return available_bytes() if limit is None else min(available_bytes(), limit)

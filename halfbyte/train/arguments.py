@@ -66,7 +66,8 @@ class HalfbyteArguments(TrainingArguments):
 
     Args:
         output_dir: Where the run is written.
-        **options: Any option of TrainingArguments, by its name now or before. gradient_checkpointing may be "auto".
+        **options: Any option of TrainingArguments, by its name now or before. gradient_checkpointing may be "auto" or
+            "offload".
 
     Raises:
         ConfigError: An option is unknown, or is one that cannot be honoured.

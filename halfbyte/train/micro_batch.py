@@ -14,8 +14,9 @@ Micro-batches of a shape share a graph: numbers of trained tokens are rounded up
 powers of two, with empty documents at the end. A shape is recorded when it comes for the second time, until there are
 MAX_GRAPHS; everything else is launched kernel by kernel, which computes the same.
 
-Gradients are added to buffers that stay where they are. Graphs share one pool of memory; it is as large as what the
-same micro-batch takes without. If both do not fit, a micro-batch without a graph lets the graphs go first.
+Gradients are added to buffers that stay where they are, block by block. Graphs share one pool of memory; it is as
+large as what the same micro-batch takes without. If both do not fit, a micro-batch without a graph lets the graphs go
+first.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch
 from transformers import PreTrainedModel
 
 from halfbyte.models.attention import PACKED_ATTENTION, DocumentLayout, has_varlen_attention
-from halfbyte.models.fused_layers import dropout_seeds_of, iter_fused_layers
+from halfbyte.models.fused_layers import dropout_seeds_of, gradient_sums_of, iter_fused_layers, offload_of
 from halfbyte.models.packed_inputs import compute_dtype_of
 from halfbyte.nn import iter_trainable
 from halfbyte.ops.cross_entropy import IGNORED_LABEL
@@ -57,6 +58,8 @@ class _Recorded:
     graph: torch.cuda.CUDAGraph
     inputs: Batch
     loss: torch.Tensor
+    host_memory: tuple[torch.Tensor, ...]
+    """Where the graph puts activations away."""
 
 
 class MicroBatches:
@@ -76,10 +79,11 @@ class MicroBatches:
         self.as_graphs = as_graphs and is_fused and on_gpu and loss_path.chunked and attention == PACKED_ATTENTION
         self.parameters = [parameter for _, parameter in iter_trainable(model)]
         self.seeds = dropout_seeds_of(model) if is_fused and on_gpu else None
+        self.offload = offload_of(model) if is_fused else None
         self._base = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._num_items = torch.ones((), device=self.device)
         self._gradients: list[torch.Tensor] = []
-        self._seen: set[_Shape] = set()
+        self._seen: dict[_Shape, int] = {}
         self._graphs: dict[_Shape, _Recorded] = {}
         self._addresses: tuple[int, ...] = ()
         self._pool_bytes = 0
@@ -119,20 +123,20 @@ class MicroBatches:
                 self.seeds.start(None)
 
     def release(self) -> None:
-        """Let all graphs go, and their memory."""
-        if self._graphs:
-            self._graphs.clear()
-            self._pool_bytes = 0
-            torch.cuda.empty_cache()
+        """Let all graphs go, their memory, and the host memory of activations."""
+        self._release_graphs()
+        if self.offload is not None:
+            self.offload.release()
 
     def _run_recorded(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        assert self.offload is not None
         self._place_gradients()
         padded = pad_micro_batch(batch)
         shape = _shape_of(padded)
         recorded = self._graphs.get(shape)
         if recorded is None:
-            if shape not in self._seen or len(self._graphs) == MAX_GRAPHS or not self._is_recordable(shape):
-                self._seen.add(shape)
+            if len(self._graphs) == MAX_GRAPHS or not self._is_recordable(shape):
+                self._seen[shape] = self.offload.num_releases
                 self._make_room()
                 loss = self.loss_path(move_batch(padded, self.device), num_items=self._num_items)
                 loss.backward()
@@ -145,13 +149,21 @@ class MicroBatches:
         return recorded.loss.clone()
 
     def _is_recordable(self, shape: _Shape) -> bool:
-        """Say whether nothing that the host plans depends on more than the shape."""
+        """Say whether all memory that it needs is there, and nothing that the host plans depends on more than it."""
+        if self.offload is None or self._seen.get(shape) != self.offload.num_releases:
+            return False
         return not shape.num_boundaries or has_varlen_attention(self.model.config, compute_dtype_of(self.model))
+
+    def _release_graphs(self) -> None:
+        if self._graphs:
+            self._graphs.clear()
+            self._pool_bytes = 0
+            torch.cuda.empty_cache()
 
     def _make_room(self) -> None:
         # What graphs have reserved and do not use at the moment counts as free, but is free to them alone.
         if self._graphs and free_bytes(self.device) < 2 * self._pool_bytes:
-            self.release()
+            self._release_graphs()
 
     def _record(self, padded: Batch) -> _Recorded:
         inputs = move_batch(padded, self.device)
@@ -161,22 +173,34 @@ class MicroBatches:
         graph = torch.cuda.CUDAGraph()
         pool = next((recorded.graph.pool() for recorded in self._graphs.values()), None)
         assert self.seeds is not None
+        assert self.offload is not None
         self.seeds.start(self._base)
-        with torch.cuda.graph(graph, pool=pool):
-            loss = self.loss_path(inputs, num_items=self._num_items)
-            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-            pairs = [(sum_, g) for sum_, g in zip(self._gradients, gradients, strict=True) if g is not None]
-            torch._foreach_add_([sum_ for sum_, _ in pairs], [g for _, g in pairs])
+        sums = gradient_sums_of(self.model)
+        # A capture cannot wait for what was not captured: copies of an earlier pass that nobody has waited for.
+        self.offload.join()
+        sums.targets = dict(zip(self.parameters, self._gradients, strict=True))
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                loss = self.loss_path(inputs, num_items=self._num_items)
+                gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+                # Of parameters outside the blocks, which add theirs themselves.
+                pairs = [(sum_, g) for sum_, g in zip(self._gradients, gradients, strict=True) if g is not None]
+                if pairs:
+                    torch._foreach_add_([sum_ for sum_, _ in pairs], [g for _, g in pairs])
+                # A capture ends with one stream: whatever the copy stream still does is waited for.
+                self.offload.join()
+        finally:
+            sums.targets = {}
         del gradients, pairs
         self._pool_bytes += max(torch.cuda.memory_reserved(self.device) - before, 0)
-        return _Recorded(graph, inputs, loss.detach())
+        return _Recorded(graph, inputs, loss.detach(), self.offload.host_memory)
 
     def _place_gradients(self) -> None:
         """Have gradients summed where graphs add to them, from zero where the optimizer has taken them away."""
         addresses = tuple(parameter.data_ptr() for parameter in self.parameters)
         if addresses != self._addresses:
             # Parameters have moved: what is recorded reads other memory.
-            self.release()
+            self._release_graphs()
             self._addresses = addresses
             self._gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
         if all(p.grad is g for p, g in zip(self.parameters, self._gradients, strict=True)):

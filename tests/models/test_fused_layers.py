@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from halfbyte.models.attention import PACKED_ATTENTION, register_packed_attention
-from halfbyte.models.fused_layers import FusedLayer, fuse_layers_, kept_bytes_per_token, unfuse_layers_
+from halfbyte.models.fused_layers import FusedLayer, fuse_layers_, kept_bytes_per_token, set_policy, unfuse_layers_
 from halfbyte.models.packed_inputs import build_forward_inputs
 from halfbyte.nn import LoraSpec, adapters_disabled, attach_adapters, quantize_linears_
 from halfbyte.quant import QuantSpec
 from tests.models.tiny import CONFIGS
 
 FAMILIES = ("llama", "llama-stretched", "mistral", "qwen2", "qwen3", "smollm3")
-POLICIES = ("keep", "mlp", "block")
+POLICIES = ("keep", "mlp", "offload", "block")
 LENGTHS = (5, 11, 16)
 
 
@@ -197,12 +199,42 @@ def test_a_fused_layer_goes_back_twice_where_the_graph_is_retained(policy: str) 
         torch.testing.assert_close(again, once)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("adapters_ride", [False, True], ids=["added", "riding"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_policy_gives_the_same_bits(family: str, adapters_ride: bool, dropout: float) -> None:
+    model = make_model(family, dropout=dropout)
+    fuse_layers_(model, adapters_ride=adapters_ride)
+    loss, grads = loss_and_grads(model, make_batch())
+    for policies in (*([policy] * 2 for policy in POLICIES), ["offload", "keep"], ["block", "offload"]):
+        set_policy(model, policies)
+        again_loss, again = loss_and_grads(model, make_batch())
+        assert again_loss.equal(loss), policies
+        assert all(again[name].equal(grad) for name, grad in grads.items()), policies
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fused_layers_agree_with_the_library_on_a_gpu(family: str, policy: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     assert_agree(make_model(family, device="cuda"), make_batch("cuda"), policy=policy)
+
+
+@pytest.mark.gpu
+def test_offloading_takes_less_of_the_device_than_recomputing() -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 24, "head_dim": 64}
+    model = make_model("llama", device="cuda", num_attention_heads=8, num_key_value_heads=8, **sizes)
+    fuse_layers_(model)
+    batch = {"input_ids": torch.arange(8192, device="cuda").remainder(90)[None]}
+    peaks = {}
+    for policy in POLICIES:
+        set_policy(model, policy)
+        for _ in range(2):
+            torch.cuda.reset_peak_memory_stats()
+            loss_and_grads(model, batch)
+        peaks[policy] = torch.cuda.max_memory_allocated()
+    assert peaks["offload"] < peaks["block"] < peaks["mlp"] < peaks["keep"]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -216,12 +248,19 @@ def test_what_a_block_keeps_is_what_it_says(family: str, policy: str) -> None:
     del inputs["input_ids"]
     y = model.model.layers[0](hidden, position_embeddings=angles, **inputs)
     node = y.grad_fn.next_functions[0][0]
-    states = () if node.states is None else node.states
-    found = [getattr(state, name) for state in states for name in state.__slots__]
+    heads = [node.states[0].heads] if node.states else []
+    found = [getattr(state, name) for state in [*heads, *(node.states or ())] for name in state.__slots__]
     found += [part for value in found if isinstance(value, tuple) for part in value]
-    # A vector of r, ranks of u and attention's own sums are narrow, and not counted.
-    wide = [
-        t for t in (*found, node.saved_tensors[0]) if isinstance(t, torch.Tensor) and t.numel() > 16 * len(hidden[0])
-    ]
-    kept_bytes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in wide}
-    assert sum(kept_bytes.values()) == kept_bytes_per_token(model, policy, itemsize=4) // 2 * sum(LENGTHS)
+    found += node.saved_tensors[len(model.model.layers[0].halfbyte_binding.parts.parameters) :]
+    expected = kept_bytes_per_token(model, policy, itemsize=4)[0]
+    assert wide_bytes(found) == expected.device * sum(LENGTHS)
+    # On a CPU what is put away stays what it is.
+    put_away = node.offloaded[0].resident if node.offloaded else ()
+    assert wide_bytes(put_away) == expected.host * sum(LENGTHS)
+    assert not put_away or node.offloaded[0].nbytes == expected.host * sum(LENGTHS)
+
+
+def wide_bytes(found: Iterable[object]) -> int:
+    """Return the bytes of the tensors that are not narrow: r is a vector, u as wide as ranks, and so are sums."""
+    wide = [t for t in found if isinstance(t, torch.Tensor) and t.numel() > 16 * sum(LENGTHS)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in wide}.values())

@@ -3,13 +3,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halfbyte.models.fused_layers import fuse_layers_, iter_fused_layers, kept_bytes_per_token
+from halfbyte.models.fused_layers import (
+    fuse_layers_,
+    iter_fused_layers,
+    kept_bytes_per_token,
+    passing_bytes_per_token,
+)
+from halfbyte.nn.decoder_block_parts import KeptNumbers, Policy
 from halfbyte.train.activations import (
     PROBE_TOKENS,
     choose_checkpointing,
     choose_policy_,
+    describe_policies,
     free_bytes,
     measure_kept_bytes,
+    plan_policies,
 )
 from halfbyte.train.loss import LossPath
 from tests.train.runs import build_model
@@ -74,11 +82,66 @@ def test_choose_policy_does_as_told_or_takes_over_what_the_model_has() -> None:
 def test_choose_policy_keeps_what_fits() -> None:
     model = build_model()
     fuse_layers_(model)
-    room = free_bytes(torch.device("cpu")) * 0.8 / 1.3
+    room = free_bytes(torch.device("cpu")) * 0.8 / 1.1
     chosen = []
     for policy in ("keep", "mlp", "block"):
-        num_tokens = int(0.9 * room / kept_bytes_per_token(model, policy, itemsize=4))
-        note = choose_policy_(model, wanted="auto", num_tokens=num_tokens)
+        kept = sum(one.device for one in kept_bytes_per_token(model, policy, itemsize=4))
+        kept += passing_bytes_per_token(model, itemsize=4)
+        note = choose_policy_(model, wanted="auto", num_tokens=int(0.97 * room / kept))
         chosen += {layer.halfbyte_binding.policy for layer in iter_fused_layers(model)}
         assert "GiB are free for it" in note
     assert chosen == ["keep", "mlp", "block"]
+
+
+def test_choose_policy_offloads_as_told_as_far_as_host_memory_goes() -> None:
+    model = build_model()
+    fuse_layers_(model)
+    note = choose_policy_(model, wanted="offload", num_tokens=64)
+    assert "in host memory" in note
+    assert "as set" in note
+    assert [layer.halfbyte_binding.policy for layer in iter_fused_layers(model)] == ["offload"] * 2
+    one = kept_bytes_per_token(model, "offload", itemsize=4)[0].host
+    note = choose_policy_(model, wanted="offload", num_tokens=int(free_bytes(torch.device("cpu")) / one * 0.6))
+    assert [layer.halfbyte_binding.policy for layer in iter_fused_layers(model)] == ["block", "offload"]
+    assert "of the first 1 blocks computed again" in note
+    assert "of the last 1 in host memory" in note
+
+
+LADDER = ("keep", "mlp", "offload", "block")
+# Bytes a token of each of four blocks.
+KEPT = {
+    "keep": [KeptNumbers(9, 0)] * 4,
+    "mlp": [KeptNumbers(6, 0)] * 4,
+    "offload": [KeptNumbers(0, 4)] * 4,
+    "block": [KeptNumbers(1, 0)] * 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("device", "host", "expected"),
+    [
+        (36, 0, ["keep"] * 4),
+        (35, 0, ["mlp", "keep", "keep", "keep"]),
+        (24, 0, ["mlp"] * 4),
+        # 18 for three blocks and 4 for the one that is put away.
+        (23, 99, ["offload", "mlp", "mlp", "mlp"]),
+        (20, 99, ["offload", "offload", "mlp", "mlp"]),
+        (8, 99, ["offload"] * 4),
+        # Two in passing, and two that keep 1.
+        (10, 8, ["block", "block", "offload", "offload"]),
+        (3, 8, ["block", "block", "offload", "offload"]),
+        (23, 0, ["block"] * 4),
+    ],
+)
+def test_plan_policies_takes_the_fastest_mix_that_fits(device: int, host: int, expected: list[Policy]) -> None:
+    assert plan_policies(KEPT, KeptNumbers(device, host), ladder=LADDER) == expected
+
+
+def test_plan_policies_recomputes_where_nothing_is_put_away() -> None:
+    assert plan_policies(KEPT, KeptNumbers(0, 99), ladder=("keep", "mlp", "block")) == ["block"] * 4
+    assert plan_policies(KEPT, KeptNumbers(14, 99), ladder=("keep", "mlp", "block")) == ["block"] * 2 + ["mlp"] * 2
+
+
+def test_describe_policies_names_first_and_last() -> None:
+    assert describe_policies(["keep"] * 3) == "all kept"
+    assert describe_policies(["block", "mlp", "mlp"]).startswith("of the first 1 blocks computed again")

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.models.fused_layers import fuse_layers_, set_policy
 from halfbyte.nn import LoraSpec, iter_trainable
-from halfbyte.nn.decoder_block import Policy
+from halfbyte.nn.decoder_block_parts import Policy
 from halfbyte.train.batches import BatchOptions, iter_batches, move_batch
 from halfbyte.train.loss import LossPath
 from halfbyte.train.micro_batch import MicroBatches, pad_micro_batch
@@ -82,7 +82,12 @@ def test_micro_batches_on_a_cpu_add_up_to_autograd() -> None:
 
 
 def run_on_gpu(
-    *, as_graphs: bool, family: str, spec: LoraSpec, policy: Policy = "keep", row_tokens: int | None = ROW_TOKENS
+    *,
+    as_graphs: bool,
+    family: str,
+    spec: LoraSpec,
+    policy: Policy | tuple[Policy, ...] = "keep",
+    row_tokens: int | None = ROW_TOKENS,
 ) -> tuple[list[float], list[dict[str, torch.Tensor]], MicroBatches]:
     """Return losses, and gradients after every second micro-batch, of three times the same ones."""
     model = build_model(family, spec=spec).cuda().bfloat16().train()
@@ -116,11 +121,32 @@ def test_graphs_compute_what_their_kernels_do(row_tokens: int | None, family: st
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("policy", ["mlp", "block"])
-def test_graphs_compute_the_same_under_every_policy(policy: Policy) -> None:
-    losses, _, _ = run_on_gpu(as_graphs=True, family="llama", spec=SPEC)
-    others, _, _ = run_on_gpu(as_graphs=True, family="llama", spec=SPEC, policy=policy)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("as_graphs", [False, True], ids=["kernel by kernel", "as graphs"])
+@pytest.mark.parametrize("spec", [SPEC, NO_DROPOUT], ids=["dropout", "no dropout"])
+@pytest.mark.parametrize("policy", ["mlp", "block", "offload", ("offload", "keep"), ("block", "offload")], ids=str)
+def test_micro_batches_compute_the_same_under_every_policy(
+    policy: Policy | tuple[Policy, ...], spec: LoraSpec, as_graphs: bool, family: str
+) -> None:
+    losses, gradients, _ = run_on_gpu(as_graphs=as_graphs, family=family, spec=spec)
+    others, other_gradients, runner = run_on_gpu(as_graphs=as_graphs, family=family, spec=spec, policy=policy)
+    assert bool(runner._graphs) is as_graphs
     assert losses == others
+    for expected, actual in zip(gradients, other_gradients, strict=True):
+        assert [name for name, gradient in expected.items() if not gradient.equal(actual[name])] == []
+
+
+@pytest.mark.gpu
+def test_release_gives_host_memory_back_and_training_can_go_on() -> None:
+    losses, _, runner = run_on_gpu(as_graphs=True, family="llama", spec=NO_DROPOUT, policy="offload")
+    assert runner.offload is not None
+    assert runner.offload.host_bytes
+    runner.release()
+    assert runner.offload.host_bytes == 0
+    again = [runner.run(batch, num_items=40).item() for batch in make_batches(count=16)[:2] * 3]
+    assert_close("losses", torch.tensor([losses[0]] * 3), torch.tensor(again[::2]), dtype=torch.bfloat16, roundings=1)
+    assert runner._graphs
+    assert runner.offload.host_bytes
 
 
 @pytest.mark.gpu

@@ -131,8 +131,8 @@ def test_fp16_trains_with_a_loss_scale(tmp_path: Path) -> None:
 
 def test_checkpointing_on_gpu_changes_no_loss(tmp_path: Path) -> None:
     runs = []
-    for on in (False, True):
+    for on in (False, True, "offload"):
         trainer = build(tmp_path / str(on), max_steps=3, gradient_checkpointing=on)
         trainer.train()
         runs.append(logged(trainer))
-    assert runs[0] == runs[1]
+    assert runs[0] == runs[1] == runs[2]

@@ -1,0 +1,161 @@
+"""What a fused decoder block is made of, what it is called with, and what its halves keep between two passes.
+
+See `decoder_block` for what it computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from halfbyte.memory.activation_offload import ActivationOffload
+from halfbyte.nn.projection_group import ProjectionGroup
+from halfbyte.ops.block_dropout import BlockDropout
+from halfbyte.ops.workspace import Workspace
+
+# B rows, L tokens a row, T = B L tokens, D width, N query heads, K key heads, S = N + 2 K heads in all, H head width
+
+Policy = Literal["keep", "mlp", "offload", "block"]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""q (B, N, L, H), k and v (B, K, L, H) -> (B, L, N, H)."""
+
+
+class KeptNumbers(NamedTuple):
+    """How many numbers a token a block keeps for its backward, those of ranks left out."""
+
+    device: int
+    host: int
+
+
+class GradientSums:
+    """Where gradients of adapters are added at once, instead of being handed to autograd.
+
+    Autograd would hold the gradients of all blocks until the last is known where it is asked for them, as a graph of
+    kernels must: 160 MB for a 7B model at rank 16.
+    """
+
+    def __init__(self) -> None:
+        self.targets: dict[nn.Parameter, torch.Tensor] = {}
+        """Empty as long as autograd is to have the gradients."""
+
+    def add(
+        self, parameters: Sequence[nn.Parameter], gradients: Sequence[torch.Tensor]
+    ) -> Sequence[torch.Tensor | None]:
+        """Add gradients to their sums, and return what is left for autograd."""
+        if not self.targets:
+            return gradients
+        pairs = [(self.targets.get(p), g) for p, g in zip(parameters, gradients, strict=True)]
+        known = [(target, gradient) for target, gradient in pairs if target is not None]
+        torch._foreach_add_([target for target, _ in known], [gradient.to(target.dtype) for target, gradient in known])
+        return [gradient if target is None else None for target, gradient in pairs]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Norm:
+    """A frozen norm."""
+
+    weight_D: torch.Tensor
+    eps: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BlockParts:
+    """What a block is made of."""
+
+    qkv: ProjectionGroup
+    o: ProjectionGroup
+    gate_up: ProjectionGroup
+    down: ProjectionGroup
+    norm1: Norm
+    norm2: Norm
+    q_norm: Norm | None
+    k_norm: Norm | None
+    query_heads: int
+    key_heads: int
+    head_width: int
+    rotates: bool
+    workspace: Workspace
+    offload: ActivationOffload
+    sums: GradientSums
+    """These three belong to the model."""
+
+    @property
+    def groups(self) -> tuple[ProjectionGroup, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
+
+    def kept_numbers(self, policy: Policy) -> KeptNumbers:
+        """Return what a block keeps. Beside it, offloading has the tensors of two blocks on the device at a time."""
+        width, qkv = self.qkv.in_features, self.qkv.out_features
+        if policy == "block":
+            return KeptNumbers(device=width, host=0)
+        if policy == "offload":
+            return KeptNumbers(device=0, host=width + qkv)
+        heads = qkv + self.o.in_features
+        if self.q_norm is not None:
+            heads += (self.query_heads + self.key_heads) * self.head_width
+        return KeptNumbers(device=2 * width + heads + (self.gate_up.out_features if policy == "keep" else 0), host=0)
+
+    @property
+    def passing_numbers(self) -> int:
+        """How many numbers a token are alive while this block is computed, beside what blocks keep."""
+        products = self.qkv.out_features + self.gate_up.out_features
+        # A group's input or its gradient, and the adapter's share of that; h, y, and the gradients of x, h and y.
+        return products + 2 * self.down.in_features + 5 * self.qkv.in_features
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Of all adapters, in the order of their gradients."""
+        return [parameter for group in self.groups for parameter in group.parameters]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BlockCall:
+    """What one call has beside x and the adapters."""
+
+    parts: BlockParts
+    cos_TH: torch.Tensor
+    sin_TH: torch.Tensor
+    rows: int
+    attend: Attend
+    policy: Policy
+    dropouts: tuple[BlockDropout, ...]
+    """Of the inputs of qkv, o, gate_up and down."""
+
+
+@dataclasses.dataclass(slots=True)
+class HeadsState:
+    """What lies before attention."""
+
+    x_TD: torch.Tensor
+    r_T: torch.Tensor
+    u_qkv_TR: torch.Tensor
+    qkv_TSH: torch.Tensor
+    """Rotated, but where queries and keys are normed."""
+    r_heads: tuple[torch.Tensor, ...]
+    inputs: tuple[torch.Tensor, ...]
+    """Queries, keys and values as the graph of attention knows them."""
+
+
+@dataclasses.dataclass(slots=True)
+class AttentionState:
+    """What the attention half keeps."""
+
+    heads: HeadsState
+    out_TA: torch.Tensor
+    u_o_TR: torch.Tensor
+
+
+@dataclasses.dataclass(slots=True)
+class MlpState:
+    """What the MLP half keeps."""
+
+    h_TD: torch.Tensor
+    r_T: torch.Tensor
+    u_gate_up_TR: torch.Tensor
+    gate_up_TG: torch.Tensor | None
+    """None where it is computed again."""
+    u_down_TR: torch.Tensor
