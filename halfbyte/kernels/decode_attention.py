@@ -6,7 +6,7 @@ but a score's sum over a head's width; lanes are joined once, at the end. Produc
 reads every key for a few heads only, and the time is that of reading.
 
 Queries are normed and turned by every program that needs them: a few hundred bytes, against a launch of its own. The
-new token's key is one program's to make and to store; it begins that program's first lane and is not read back.
+new token's key is the last program's to make and to store; it begins that program's first lane and is not read back.
 
 Split-K: where one program a key head leaves most of the GPU idle, SPLITS programs share the keys of a prompt evenly,
 whatever their number is just then, and a second launch joins what they found. How many keys there are is read from the
@@ -58,8 +58,10 @@ def decode_attention(
     query_heads, splits = out_BA.shape[1] // width, launch.num_splits
     group = query_heads // key_heads
     num_parts = prompts * query_heads * splits
-    part = out_BA if splits == 1 else out_BA.new_empty(num_parts, width, dtype=torch.float32)
-    stats = out_BA if splits == 1 else out_BA.new_empty(2, num_parts, dtype=torch.float32)
+    sizes = {"WIDTH": width, "BLOCK": _power_of_two(width), "SPLITS": splits}
+    # What programs that share a prompt's keys find, and its maxima and sums.
+    shapes = ((0,), (0,)) if splits == 1 else ((num_parts, width), (2, num_parts))
+    parts = [torch.empty(shape, dtype=torch.float32, device=out_BA.device) for shape in shapes]
     launch_kernel(
         _attend_kernel(),
         prompts * key_heads * splits,
@@ -70,42 +72,49 @@ def decode_attention(
         key_BKCH,
         value_BKCH,
         out_BA,
-        part,
-        stats,
+        *parts,
         *(product.stride(0) for product in products),
         capacity,
         num_parts,
         eps,
         scale * math.log2(math.e),
-        TURN=_turn_function(),
-        STEP=_step_function(),
-        STORE=_store_function(),
+        **_functions(),
         NORM=norms is not None,
         ROTATE=angles is not None,
         WINDOW=window or 0,
         KEY_HEADS=key_heads,
         GROUP=group,
         GROUP_BLOCK=_power_of_two(group),
-        WIDTH=width,
-        BLOCK=_power_of_two(width),
         KEYS=launch.keys_per_step,
-        SPLITS=splits,
         num_warps=launch.num_warps,
+        **sizes,
     )
     if splits > 1:
-        launch_kernel(
-            _join_kernel(),
-            prompts * query_heads,
-            part,
-            stats,
-            out_BA,
-            num_parts,
-            WIDTH=width,
-            BLOCK=_power_of_two(width),
-            SPLITS=splits,
-            SPLIT_BLOCK=_power_of_two(splits),
-            num_warps=4,
-        )
+        _join(parts, out_BA, num_parts, sizes)
+
+
+def _join(parts: list[torch.Tensor], out_BA: torch.Tensor, num_parts: int, sizes: dict[str, int]) -> None:
+    """Write to `out_BA` what the parts make together."""
+    launch_kernel(
+        _join_kernel(),
+        num_parts // sizes["SPLITS"],
+        *parts,
+        out_BA,
+        num_parts,
+        SPLIT_BLOCK=_power_of_two(sizes["SPLITS"]),
+        num_warps=4,
+        **sizes,
+    )
+
+
+def _functions() -> dict[str, Any]:
+    """Return what the kernel is made of."""
+    return {
+        "TURN": _turn_function(),
+        "BEGIN": _begin_function(),
+        "STEP": _step_function(),
+        "STORE": _store_function(),
+    }
 
 
 def _power_of_two(number: int) -> int:
@@ -139,6 +148,34 @@ def _turn_function() -> Any:
         return x
 
     return _turn
+
+
+@functools.cache
+def _begin_function() -> Any:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _begin(
+        q, k_ptr, v_ptr, norm_ptr, cos_ptr, sin_ptr, key_ptr, value_ptr, is_mine, eps,
+        TURN: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr,
+        GROUP_BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+    ):  # fmt: skip
+        """Store the new token's key and value, if this program is to, and begin the first lane with it."""
+        column = tl.arange(0, BLOCK)[None, None, :]
+        mask = (column < WIDTH) & is_mine
+        key = TURN(k_ptr, norm_ptr, cos_ptr, sin_ptr, mask, column, eps, NORM, ROTATE, WIDTH)
+        key = key.to(key_ptr.dtype.element_ty)
+        value = tl.load(v_ptr + column, mask=mask, other=0)
+        tl.store(key_ptr + column, key, mask=mask)
+        tl.store(value_ptr + column, value.to(value_ptr.dtype.element_ty), mask=mask)
+        is_first = (tl.arange(0, KEYS)[None, :] == 0) & is_mine
+        # Finite, or a lane without a key would subtract infinities.
+        top = tl.where(is_first, tl.sum(q * key.to(tl.float32), axis=2), -1e30)
+        total = tl.zeros([GROUP_BLOCK, KEYS], tl.float32) + tl.where(is_first, 1.0, 0.0)
+        return top, total, total[:, :, None] * value.to(tl.float32)
+
+    return _begin
 
 
 @functools.cache
@@ -208,9 +245,9 @@ def _attend_kernel() -> Any:
     def _decode_attention_kernel(
         q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, length_ptr, key_ptr, value_ptr, out_ptr,
         part_ptr, stats_ptr, q_stride, k_stride, v_stride, capacity, num_parts, eps, scale,
-        TURN: tl.constexpr, STEP: tl.constexpr, STORE: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr,
-        WINDOW: tl.constexpr, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
-        WIDTH: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+        TURN: tl.constexpr, BEGIN: tl.constexpr, STEP: tl.constexpr, STORE: tl.constexpr,
+        NORM: tl.constexpr, ROTATE: tl.constexpr, WINDOW: tl.constexpr, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr,
+        GROUP_BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
     ):  # fmt: skip
         split = tl.program_id(0) % SPLITS
         # The key head among those of all prompts.
@@ -233,20 +270,12 @@ def _attend_kernel() -> Any:
         in_head = (row < GROUP) & (column < WIDTH)
         q_row = q_ptr + prompt * q_stride + (own_head * GROUP + row) * WIDTH
         q = TURN(q_row, q_norm_ptr, cos_ptr, sin_ptr, in_head, column, eps, NORM, ROTATE, WIDTH) * scale
-        # The new token is the last program's, and there it is the first lane's.
-        is_mine = (column < WIDTH) & (split == SPLITS - 1)
-        k_row = k_ptr + prompt * k_stride + own_head * WIDTH
-        key = TURN(k_row, k_norm_ptr, cos_ptr, sin_ptr, is_mine, column, eps, NORM, ROTATE, WIDTH)
-        key = key.to(key_ptr.dtype.element_ty)
-        value = tl.load(v_ptr + prompt * v_stride + own_head * WIDTH + column, mask=is_mine, other=0)
-        tl.store(key_ptr + length * WIDTH + column, key, mask=is_mine)
-        tl.store(value_ptr + length * WIDTH + column, value.to(value_ptr.dtype.element_ty), mask=is_mine)
-        is_first = (tl.arange(0, KEYS)[None, :] == 0) & (split == SPLITS - 1)
-        own_score = tl.sum(q * key.to(tl.float32), axis=2)
-        # Finite, or a lane without a key would subtract infinities.
-        top = tl.where(is_first, own_score, -1e30)
-        total = tl.zeros([GROUP_BLOCK, KEYS], tl.float32) + tl.where(is_first, 1.0, 0.0)
-        values = total[:, :, None] * value.to(tl.float32)
+        own = prompt * k_stride + own_head * WIDTH, prompt * v_stride + own_head * WIDTH
+        place = length * WIDTH
+        top, total, values = BEGIN(
+            q, k_ptr + own[0], v_ptr + own[1], k_norm_ptr, cos_ptr, sin_ptr, key_ptr + place, value_ptr + place,
+            split == SPLITS - 1, eps, TURN, NORM, ROTATE, GROUP_BLOCK, WIDTH, BLOCK, KEYS,
+        )  # fmt: skip
         while at < stop:
             top, total, values = STEP(q, at, stop, top, total, values, key_ptr, value_ptr, WIDTH, BLOCK, KEYS)
             at += KEYS
