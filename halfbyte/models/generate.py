@@ -1,9 +1,9 @@
 """Text from a model: batched, greedy or sampled, stopping at the end of the turn.
 
-The loop is ours, and leaves the adapter unmerged. On a GPU, and for the models that it knows, a `StaticDecoder` makes a
-token in one launch. Otherwise it is one forward a token over transformers' own cache, which is what model.generate()
-does without its bookkeeping. Prompts of a batch are padded on the left. The model comes back as it was: train or eval
-mode of every module, no cached state, no draw from the global random numbers.
+The loop is ours. For the models that it knows a `StaticDecoder` makes a token in one launch on a GPU, and an
+`ExpandedDecoder` in a few calls on a CPU. Otherwise it is one forward a token over transformers' own cache, which is
+what model.generate() does without its bookkeeping; prompts of a batch are then padded on the left. The model comes back
+as it was: train or eval mode of every module, no cached state, no draw from the global random numbers.
 
 On a CPU, 4-bit weights are kept expanded while generating, because one token reads each weight once and expanding it
 costs more than the product; not so where that would take more than half of the memory that is left.
@@ -25,10 +25,11 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.device import available_bytes
 from halfbyte.errors import ConfigError
+from halfbyte.models.expanded_decoder import ExpandedDecoder
 from halfbyte.models.fused_layers import fuse_layers_, iter_fused_layers, unfuse_layers_
-from halfbyte.models.kept_decoders import borrow_decoder, decodes_statically, keep_decoders
+from halfbyte.models.kept_decoders import borrow_decoder, decodes_expanded, decodes_statically, keep_decoders
 from halfbyte.models.modes import eval_mode
-from halfbyte.models.static_decoder import Choose
+from halfbyte.models.static_decoder import Choose, StaticDecoder
 from halfbyte.nn import expanded_for_inference, expanded_nbytes
 
 Message = dict[str, Any]
@@ -126,19 +127,23 @@ def _iter_steps(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], choose: Choose, *, options: GenerationOptions
 ) -> Generator[list[int]]:
     """Yield what `choose` makes of each step's logits, whether or not an answer has ended."""
-    inputs, mask_BT = _left_padded(model, prompts, device=_device(model))
-    cache = DynamicCache(config=model.config)
-    first_B = choose(_next_logits(model, inputs, cache))
     lengths = [len(ids) for ids in prompts]
     # The last token is never an input.
     size = {"num_prompts": len(prompts), "num_tokens": max(lengths) + options.max_new_tokens - 1}
+    if decodes_expanded(model):
+        with borrow_decoder(model, ExpandedDecoder, **size) as decoder:
+            yield from decoder.steps(choose(decoder.read(prompts)), options.max_new_tokens, choose)
+        return
+    inputs, mask_BT = _left_padded(model, prompts, device=_device(model))
+    cache = DynamicCache(config=model.config)
+    first_B = choose(_next_logits(model, inputs, cache))
     if not decodes_statically(model, num_new_tokens=options.max_new_tokens, **size):
         yield from _iter_library_steps(model, cache, mask_BT, first_B, choose, options=options)
         return
-    with borrow_decoder(model, greedy=options.temperature == 0, **size) as decoder:
-        decoder.fill(cache, lengths)
+    with borrow_decoder(model, StaticDecoder, greedy=options.temperature == 0, **size) as recorded:
+        recorded.fill(cache, lengths)
         del cache
-        yield from decoder.steps(first_B, options.max_new_tokens, choose)
+        yield from recorded.steps(first_B, options.max_new_tokens, choose)
 
 
 def _iter_library_steps(
@@ -217,10 +222,19 @@ def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 @contextlib.contextmanager
 def inference_state(model: PreTrainedModel) -> Iterator[None]:
     """Put the model into eval mode without gradients, and back into exactly the state it was in."""
-    affordable = _device(model).type == "cpu" and expanded_nbytes(model) < available_bytes() // 2
-    expanded = expanded_for_inference(model) if affordable else contextlib.nullcontext()
     # no_grad, not inference_mode: scratch buffers that grow in here are written again in training.
-    with eval_mode(model), torch.no_grad(), expanded, _fused(model), keep_decoders(model):
+    with eval_mode(model), torch.no_grad(), _fused(model), keep_decoders(model), _expanded(model):
+        yield
+
+
+@contextlib.contextmanager
+def _expanded(model: PreTrainedModel) -> Iterator[None]:
+    """Keep weights expanded for the library's layers on a CPU, where no decoder of ours does so."""
+    needed = _device(model).type == "cpu" and not decodes_expanded(model)
+    if not needed or expanded_nbytes(model) > available_bytes() // 2:
+        yield
+        return
+    with expanded_for_inference(model):
         yield
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from halfbyte.models import generate, kept_decoders
+from halfbyte.models import generate
 from halfbyte.models.fused_layers import fuse_layers_
 from halfbyte.models.generate import GenerationOptions, choose_tokens, inference_state, iter_tokens
 from halfbyte.models.kept_decoders import borrow_decoder, keep_decoders
@@ -103,7 +103,7 @@ def count_decoders(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             made.append(1)
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr(kept_decoders, "StaticDecoder", Counted)
+    monkeypatch.setattr(generate, "StaticDecoder", Counted)
     return made
 
 
@@ -111,6 +111,7 @@ def count_decoders(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def statically(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Have every answer decoded statically; the list counts decoders."""
     monkeypatch.setattr(generate, "decodes_statically", lambda *args, **kwargs: True)
+    monkeypatch.setattr(generate, "decodes_expanded", lambda model: False)
     return count_decoders(monkeypatch)
 
 
@@ -180,7 +181,7 @@ def test_a_decoder_is_kept_for_what_it_serves(statically: list[int]) -> None:
 
 def test_a_decoder_is_dropped_at_the_end() -> None:
     model = make_fused("llama")
-    borrow = functools.partial(borrow_decoder, model, num_prompts=1, num_tokens=8, greedy=True)
+    borrow = functools.partial(borrow_decoder, model, StaticDecoder, num_prompts=1, num_tokens=8, greedy=True)
     with keep_decoders(model):
         with borrow() as decoder:
             kept = weakref.ref(decoder.layers[0].key_BKCH)
