@@ -61,7 +61,8 @@ def default_launch(ranks: int, device: torch.device) -> kernels.AdapterInnerLaun
     """Return how the kernel is launched: with the longest pipeline that a multiprocessor's shared memory holds."""
     limit = SHARED_BYTES
     if device.type == "cuda":
-        limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        # Releases of torch before 2.2 do not tell.
+        limit = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", SHARED_BYTES)
     rows = kernels.AdapterInnerLaunch().tokens_per_program + max(16, 1 << (ranks - 1).bit_length())
     for columns, stages in PIPELINES:
         if 2 * rows * columns * stages <= limit:
