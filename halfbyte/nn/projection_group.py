@@ -14,6 +14,8 @@ Where adapters ride (on a GPU), W and B lie side by side in one buffer, as x and
 happens inside the product that gives u. On a CPU, where products want matrices without gaps, u B' is computed first and
 the large product is added to it, which rounds once as well.
 
+With fp8 products neither holds: see `fp8_weights`. There is one form of it for all devices, u and B always apart.
+
 s includes 1 / (1 - p). W is expanded into a buffer that all groups of one kind share. A backward that recomputes
 expands a weight once, for the recomputation and the gradient. Adapters are cast in every forward; the backward finds
 them as that left them.
@@ -23,11 +25,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import nn
 
 from halfbyte.kernels.adapter_stack import StackMember
+from halfbyte.nn.fp8_weights import Fp8Weights
 from halfbyte.nn.linear import Linear4bit
 from halfbyte.nn.lora import LoraLinear
 from halfbyte.ops.adapter_inner import adapter_inner
@@ -40,6 +44,7 @@ from halfbyte.ops.workspace import Workspace
 # T tokens, D in_features, F out_features of the group, R ranks of the group, E = D and the spare columns
 
 Projection = LoraLinear | Linear4bit | nn.Linear
+Products = Literal["16bit", "fp8"]
 # Spare columns come in this many, so that rows of the buffers stay aligned.
 COLUMN_MULTIPLE = 16
 
@@ -79,7 +84,7 @@ class _Stacks:
             members=members,
             scaling=scalings.pop() if len(scalings) == 1 else 1.0,
             A_RD=torch.zeros(rank, group.in_features, dtype=dtype, device=device),
-            B_FR=None if group.adapters_ride else torch.zeros(group.out_features, rank, dtype=dtype, device=device),
+            B_FR=None if group.rides_in_place else torch.zeros(group.out_features, rank, dtype=dtype, device=device),
         )
 
     def fill_A(self) -> None:
@@ -127,6 +132,7 @@ class ProjectionGroup:
         workspace: Workspace,
         owners: dict[str, WeightOwner],
         adapters_ride: bool,
+        products: Products = "16bit",
     ) -> None:
         """Group `layers`.
 
@@ -135,12 +141,14 @@ class ProjectionGroup:
             kind: Groups of one kind share the buffer of their weight.
             workspace: Scratch buffers of the model.
             owners: Of the model; says which group of a kind was expanded last.
-            adapters_ride: Whether adapters lie beside the weights.
+            adapters_ride: Whether adapters lie beside the weights, and dropout goes by a counter.
+            products: What frozen weights are multiplied in.
         """
         self.layers, self.kind, self.workspace = tuple(layers), kind, workspace
         self.in_features = layers[0].in_features
         self.out_features = sum(layer.out_features for layer in layers)
         self.adapters_ride = adapters_ride
+        self.fp8_weights = Fp8Weights([_base_of(layer) for layer in layers], workspace) if products == "fp8" else None
         self._owner = owners.setdefault(kind, WeightOwner())
         self._all_members = self._place_members()
         self._stacks: _Stacks | None = None
@@ -179,7 +187,13 @@ class ProjectionGroup:
         """
         stacks = self._stack(x_TE.dtype)
         self.forget_weight()
-        if self.adapters_ride:
+        if self.fp8_weights is not None:
+            if stacks.members:
+                assert stacks.B_FR is not None
+                stack_adapters(stacks.as_places(), A_RD=stacks.A_RD, columns_FR=stacks.B_FR)
+            u_TR = self.inner(x_TE, dropout)
+            y_TF = self.fp8_weights.forward(x_TE, *((u_TR, stacks.B_FR) if stacks.members else (None, None)))
+        elif self.adapters_ride:
             weight_FE = self._expand(stacks, cast_A=True)
             u_TR = self.inner(x_TE[:, : self.in_features], dropout, also_TR=x_TE[:, self.in_features :])
             y_TF = x_TE @ weight_FE.T
@@ -220,6 +234,8 @@ class ProjectionGroup:
         """
         dtype, device, width = grad_y_TF.dtype, grad_y_TF.device, self.in_features
         stacks = self._stack(dtype)
+        if self.fp8_weights is not None:
+            return self._backward_input_fp8(grad_y_TF, self.fp8_weights, dropout, in_parts=in_parts)
         weight_FE = self._expand(stacks)
         num_tokens = grad_y_TF.shape[0]
         adapter_TD = self.workspace.take("group_grad_adapter", (num_tokens, width), dtype=dtype, device=device)
@@ -238,6 +254,21 @@ class ProjectionGroup:
         # The small part first: added to a large one that is already rounded, it would be rounded away.
         dropout.drop_(adapter_TD)
         return adapter_TD.addmm_(grad_y_TF, weight_FE[:, :width]), grad_u_TR, None
+
+    def _backward_input_fp8(
+        self, grad_y_TF: torch.Tensor, weights: Fp8Weights, dropout: BlockDropout, *, in_parts: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        shape, dtype, device = (grad_y_TF.shape[0], self.in_features), grad_y_TF.dtype, grad_y_TF.device
+        grad_TD = self.workspace.take("group_grad", shape, dtype=dtype, device=device)
+        weights.backward(grad_y_TF, out=grad_TD)
+        if not self.rank:
+            return grad_TD, grad_y_TF.new_empty(shape[0], 0), None
+        grad_u_TR = self.backward_inner(grad_y_TF, dropout)
+        adapter_TD = self.workspace.take("group_grad_adapter", shape, dtype=dtype, device=device)
+        torch.mm(grad_u_TR, self._stack(dtype).A_RD, out=adapter_TD)
+        if in_parts and self.adapters_ride:
+            return grad_TD, grad_u_TR, adapter_TD
+        return dropout.drop_(adapter_TD).add_(grad_TD), grad_u_TR, None
 
     def backward_inner(self, grad_y_TF: torch.Tensor, dropout: BlockDropout) -> torch.Tensor:
         """Return grad_u (T, R) alone, for a group whose input wants no gradient."""
@@ -292,12 +323,18 @@ class ProjectionGroup:
         return tuple(members)
 
     @property
+    def rides_in_place(self) -> bool:
+        """Whether x and W are 16 bits wide and have spare columns."""
+        return self.adapters_ride and self.fp8_weights is None
+
+    @property
     def padded_rank(self) -> int:
         """Rows of the stacked A: ranks, and as many more as keep a buffer's rows aligned where adapters ride."""
-        return -(-self.rank // COLUMN_MULTIPLE) * COLUMN_MULTIPLE if self.adapters_ride else self.rank
+        is_padded = self.adapters_ride or self.fp8_weights is not None
+        return -(-self.rank // COLUMN_MULTIPLE) * COLUMN_MULTIPLE if is_padded else self.rank
 
     def _spare_columns(self) -> int:
-        return self.padded_rank if self.adapters_ride else 0
+        return self.padded_rank if self.rides_in_place else 0
 
     def _stack(self, dtype: torch.dtype) -> _Stacks:
         """Return the stacked adapters as the last forward has left them."""
@@ -318,7 +355,7 @@ class ProjectionGroup:
         row = 0
         for layer in self.layers:
             target = weight_FE[row : row + layer.out_features, :width]
-            base = layer.base if isinstance(layer, LoraLinear) else layer
+            base = _base_of(layer)
             if isinstance(base, Linear4bit):
                 dequantize_4bit(base.quantized, out=target, workspace=self.workspace)
             else:
@@ -342,6 +379,9 @@ class ProjectionGroup:
     @property
     def device(self) -> torch.device:
         """Where the frozen weights are."""
-        layer = self.layers[0]
-        base = layer.base if isinstance(layer, LoraLinear) else layer
+        base = _base_of(self.layers[0])
         return base.packed.device if isinstance(base, Linear4bit) else base.weight.device
+
+
+def _base_of(layer: Projection) -> Linear4bit | nn.Linear:
+    return layer.base if isinstance(layer, LoraLinear) else layer

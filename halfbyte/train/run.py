@@ -73,6 +73,7 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
             lora=spec,
             fused=config.train.fused,
             cuda_graphs=config.train.cuda_graphs,
+            fp8=config.train.fp8,
         ),
     )
     for line in (*trainer.notes, trainer.describe_plan(), f"writing to {folder}"):

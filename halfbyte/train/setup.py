@@ -48,6 +48,7 @@ NOT_ARGUMENTS = {
     "save_steps",
     "fused",
     "cuda_graphs",
+    "fp8",
 }
 
 

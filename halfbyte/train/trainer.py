@@ -52,6 +52,7 @@ from halfbyte.train.batches import (
 from halfbyte.train.callbacks import FlowCallback, ProgressLine
 from halfbyte.train.checks import check_model, honour_precision_, infer_spec, refuse_ignored
 from halfbyte.train.evaluate import HeldOut, evaluate_loss
+from halfbyte.train.fp8 import check_fp8
 from halfbyte.train.guard import DivergedError, LossScaler, StepGuard
 from halfbyte.train.loss import LossPath
 from halfbyte.train.meter import Meter
@@ -72,6 +73,8 @@ class TrainerOptions:
     """Let fused blocks compute the decoder layers, where all of them fit."""
     cuda_graphs: bool = True
     """On a GPU, launch the kernels of a micro-batch through fused blocks as one graph."""
+    fp8: bool = False
+    """Have fused blocks multiply frozen weights in fp8; refused where that cannot be."""
 
 
 class HalfbyteTrainer(Trainer):
@@ -139,8 +142,10 @@ class HalfbyteTrainer(Trainer):
         self.meter = Meter(self.model_device)
         self.held_out: HeldOut | None = None
         self.held_out_step = -1
-        fusion = fuse_layers_(model) if options.fused else None
+        fusion = fuse_layers_(model, fp8=options.fp8) if options.fused else None
         self.notes.append("fused blocks: off, as set" if fusion is None else str(fusion))
+        if options.fp8:
+            self.notes.append(check_fp8(model, fusion))
         self.loss_path = LossPath(model)
         self.notes.append(self.loss_path.note)
         prove = prove_causality if options.row_tokens is None else prove_isolation
