@@ -7,7 +7,7 @@ stream of their own while the compute stream goes on, out during the forward, in
     copies       out 1 ..  out 2 ..  out 3 ..                 in 3  in 2 ..   in 1 ..
 
 What is on the device at a time is two blocks' tensors: in the forward those being computed and those being copied, in
-the backward those in use and those arriving. The last two blocks find theirs still there, so nothing comes back.
+the backward those in use and those arriving. The last block finds its own still there.
 
 Who may reuse which memory. Every tensor on the device is allocated and freed by the compute stream; the copy stream
 only borrows it. A borrowing begins when the copy stream waits for the compute stream and ends when the compute stream
@@ -121,7 +121,7 @@ class ActivationOffload:
         return tuple(piece for buffer in self._buffers for piece in buffer.pieces)
 
     def make_room(self) -> None:
-        """Let go of what has been put away, but for the last: to be called before a block allocates its own."""
+        """Let go of what has been put away, but for the last: to be called when the forward of a block ends."""
         while len(self._borrowings) > IN_FLIGHT:
             self._end(self._borrowings[0])
 

@@ -22,15 +22,17 @@ What the device holds, in MiB, for a 7B model with rank 16 under "offload", 4 x 
     frozen weights in NF4 with double quantisation      3186
     embedding, head                                      500
     adapters in fp32, sums of their gradients            305    (moments of the optimizer: 76, or in host memory)
-    expanded weights: gate up, q k v or down, o          304
+    A of the adapters in bf16                             35
+    expanded weights: gate up, q k v or down, o          302
     a group's input or its gradient, both F wide          172    (the adapter's share of the gradient is the second)
     dropped input                                         32
     x and q k v of two blocks                            256
     gate up, h, attention's output, gradients of h and y 300
     narrow                                                20
 
-Sums: 5075, and 64 to 128 for cuBLAS. Down shares the buffer of its weight with q k v: each of them is expanded once in
-a backward but under "block", where 100 MB are expanded twice, half a percent of a step.
+That makes 5108, and 64 to 128 for cuBLAS. While the loss is computed, what blocks need is not there but for x and q k v
+of the last, and a chunk of logits takes 125. Down shares the buffer of its weight with q k v: each of them is expanded
+once in a backward but under "block", where 100 MB are expanded twice, half a percent of a step.
 
 Price: no second derivative, and weights of norms get no gradient.
 """
@@ -103,7 +105,6 @@ class _DecoderBlock(torch.autograd.Function):
     def forward(ctx: Any, x_TD: torch.Tensor, call: BlockCall, *parameters: torch.Tensor) -> torch.Tensor:
         policy, offload = call.policy, call.parts.offload
         keeps = policy in ("keep", "mlp")
-        offload.make_room()
         heads = project_heads(x_TD, call)
         ctx.offloaded = None
         if policy == "offload":
@@ -119,6 +120,7 @@ class _DecoderBlock(torch.autograd.Function):
         ctx.states = None if kept is None else (kept, mlp)
         # Adapters only to notice one that is changed in place before the backward.
         ctx.save_for_backward(*parameters, *(() if policy == "offload" else (x_TD,)))
+        offload.make_room()
         return y_TD
 
     @staticmethod

@@ -37,10 +37,11 @@ def forward_and_backward(offload: ActivationOffload, x: torch.Tensor) -> torch.T
     """Put away what blocks compute, and sum it up backward, with much other use of the same memory in between."""
     kept = []
     for block in range(NUM_BLOCKS):
-        offload.make_room()
         tensors = [torch.full(shape, block + 1.0, device="cuda", dtype=torch.bfloat16) * x for shape in SHAPES]
         kept.append(offload.put(*tensors))
         del tensors
+        spoil()
+        offload.make_room()
         spoil()
     total = torch.zeros(NUM_BLOCKS, device="cuda")
     for block in reversed(range(NUM_BLOCKS)):
