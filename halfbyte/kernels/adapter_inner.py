@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def adapter_inner(
         DROPOUT=dropout is not None,
         ALSO=also_TR is not None,
         # The interpreter knows no 16-bit products.
-        FACTOR_DTYPE=None if x_TD.is_cuda else "fp32",
+        WIDENED=os.environ.get("TRITON_INTERPRET") == "1",
         WIDTH=width,
         RANKS=ranks,
         BLOCK_RANKS=max(16, 1 << (ranks - 1).bit_length()),
@@ -81,7 +82,7 @@ def _kernel() -> Any:
     @triton.jit(do_not_specialize=["x_stride", "also_stride", "num_tokens", "has_base", "seed", "threshold"])
     def _adapter_inner_kernel(
         x_ptr, a_ptr, out_ptr, also_ptr, x_stride, also_stride, num_tokens, scale, base_ptr, has_base, seed, threshold,
-        KEEP: tl.constexpr, DROPOUT: tl.constexpr, ALSO: tl.constexpr, FACTOR_DTYPE: tl.constexpr,
+        KEEP: tl.constexpr, DROPOUT: tl.constexpr, ALSO: tl.constexpr, WIDENED: tl.constexpr,
         WIDTH: tl.constexpr, RANKS: tl.constexpr, BLOCK_RANKS: tl.constexpr,
         BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ALIGNMENT: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
@@ -97,7 +98,7 @@ def _kernel() -> Any:
             in_row = (column < WIDTH)[None, :]
             x = tl.load(x_row + column[None, :], mask=token_mask & in_row, other=0)
             a = tl.load(a_ptr + rank[:, None] * WIDTH + column[None, :], mask=(rank < RANKS)[:, None] & in_row, other=0)
-            if FACTOR_DTYPE == "fp32":
+            if WIDENED:
                 x = x.to(tl.float32)
                 a = a.to(tl.float32)
             if DROPOUT:
