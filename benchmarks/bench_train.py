@@ -37,6 +37,7 @@ from halfbyte.device import default_compute_dtype, default_device, keep_freed_me
 from halfbyte.models import load_model
 from halfbyte.models.attention import PACKED_ATTENTION, register_packed_attention
 from halfbyte.nn import LoraSpec, attach_adapters, quantize_linears_
+from halfbyte.ops.e4m3 import why_no_fp8
 from halfbyte.quant import QuantSpec
 from halfbyte.train import HalfbyteArguments, HalfbyteTrainer, TrainerOptions
 
@@ -74,6 +75,7 @@ class Setting:
     optim: str = "paged_adamw_8bit"
     warmup_steps: float = 0.03
     fused: bool = True
+    fp8: bool = False
 
 
 class StepTimer(TrainerCallback):
@@ -123,11 +125,15 @@ def rows(device: torch.device) -> Iterator[dict[str, object]]:
     variants: list[tuple[bool, bool | str, float]] = [(True, False, 0.0), (True, False, 0.05), (True, True, 0.05)]
     variants += [(True, "offload", 0.05)] if on_gpu else []
     variants += [(False, False, 0.05), (False, True, 0.05)]
-    for fused, checkpointing, dropout in variants:
+    settings = [
+        dataclasses.replace(setting, fused=fused, checkpointing=checkpointing, dropout=dropout)
+        for fused, checkpointing, dropout in variants
+    ]
+    if why_no_fp8(device) is None:
+        settings += [dataclasses.replace(setting, fp8=True), dataclasses.replace(setting, fp8=True, checkpointing=True)]
+    for one in settings:
         model = build_random_model(shape, device)
-        yield {"model": "Llama-7B shape" if on_gpu else "SmolLM2-135M shape"} | measure_speed(
-            model, dataclasses.replace(setting, fused=fused, checkpointing=checkpointing, dropout=dropout)
-        )
+        yield {"model": "Llama-7B shape" if on_gpu else "SmolLM2-135M shape"} | measure_speed(model, one)
         del model
         gc.collect()
 
@@ -166,6 +172,7 @@ def measure_speed(model: PreTrainedModel, setting: Setting) -> dict[str, object]
         "seq": setting.seq,
         "dropout": setting.dropout,
         "fused": setting.fused,
+        "fp8": setting.fp8,
         "ckpt": next(name for name, value in CHECKPOINTING.items() if value is setting.checkpointing),
         "dtype": str(default_compute_dtype(device)).removeprefix("torch."),
         "step_ms": round(1e3 * statistics.median(steady) / setting.accumulation, 1),
@@ -204,7 +211,7 @@ def train(model: PreTrainedModel, blocks: np.ndarray, setting: Setting) -> tuple
             args,
             train_dataset=to_examples(blocks),
             callbacks=[timer],
-            options=TrainerOptions(row_tokens=setting.seq, fused=setting.fused),
+            options=TrainerOptions(row_tokens=setting.seq, fused=setting.fused, fp8=setting.fp8),
         )
         trainer.train()
     return trainer, timer
@@ -230,6 +237,7 @@ def train_on_blocks(options: argparse.Namespace) -> dict[str, object]:
         checkpointing=CHECKPOINTING[options.ckpt],
         dropout=options.dropout,
         fused=not options.generic,
+        fp8=options.fp8,
     )
     before = measure_blocks(model, held_out)
     reset_peak(device)
@@ -295,6 +303,7 @@ def main() -> int:
     parser.add_argument("--ckpt", choices=tuple(CHECKPOINTING), default="0", help="compute activations again")
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--generic", action="store_true", help="the path for any architecture")
+    parser.add_argument("--fp8", action="store_true", help="fp8 products of the frozen weights")
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
     options = parser.parse_args()
     if options.threads:
@@ -312,6 +321,7 @@ def main() -> int:
             checkpointing=CHECKPOINTING[options.ckpt],
             dropout=options.dropout,
             fused=not options.generic,
+            fp8=options.fp8,
         )
         result = {"stack": "halfbyte", "load_s": round(loaded.report.seconds, 1)} | measure_speed(loaded.model, setting)
     text = json.dumps(result, indent=1 if options.out else None)

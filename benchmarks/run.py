@@ -34,6 +34,11 @@ GATES = {
     "cross_entropy": ["tests/ops/test_cross_entropy.py"],
     "adamw8bit": ["tests/ops/test_adamw8bit.py"],
     "fused_ops": [f"tests/ops/test_{stem}.py" for stem in ("rms_norm", "rotary", "swiglu", "counter_dropout")],
+    "fp8_products": [
+        *(f"tests/ops/test_{stem}_fp8.py" for stem in ("quantize_rows", "adapter_columns", "dequantize")),
+        "tests/ops/test_product_fp8.py",
+        "tests/nn/test_fp8_weights.py",
+    ],
     "decode_ops": [f"tests/ops/test_decode_{stem}.py" for stem in ("attention", "inner", "outer")],
     "load": ["tests/models"],
     "train": ["tests/train"],
