@@ -100,7 +100,7 @@ def choose_policy_(model: PreTrainedModel, *, wanted: Checkpointing, num_tokens:
     kept = {policy: kept_bytes_per_token(model, policy, itemsize=itemsize) for policy in POLICY_TEXTS}
     passing = passing_bytes_per_token(model, itemsize=itemsize)
     usable = free_bytes(device) * USABLE_SHARE
-    usable_on_host = (usable if device.type == "cpu" else available_bytes() * USABLE_SHARE) / PIECES_SHARE
+    usable_on_host = free_bytes(torch.device("cpu")) * USABLE_SHARE / PIECES_SHARE
     room = KeptNumbers(int(usable / UNFILLED_SHARE / num_tokens) - passing, int(usable_on_host / num_tokens))
     policies = plan_policies(kept, room, ladder=_choose_ladder(device, wanted))
     set_policy(model, policies)
