@@ -71,6 +71,9 @@ class TrainSection:
     """Let fused blocks compute Llama, Mistral, Qwen2, Qwen3 and SmolLM3 layers. The result is the same but faster."""
     cuda_graphs: bool = True
     """On a GPU, launch all kernels of a micro-batch at once, as a graph. Needs fused blocks."""
+    fp8: bool = False
+    """Multiply frozen weights in fp8, adapters still in 16 bits: faster, but what the model computes is rounded more
+    coarsely. Needs fused blocks, model.dtype=bfloat16, and an NVIDIA GPU that has fp8 (Ada, Hopper or newer)."""
     gradient_checkpointing: Literal["auto", "offload"] | bool = "auto"
     """Compute activations again in the backward pass instead of keeping them. auto: where they would not fit.
     offload: put them into host memory instead, as far as that is faster; fused blocks on a GPU only."""
@@ -105,5 +108,7 @@ class TrainSection:
             raise ConfigError("train.max_steps is 0; allowed: -1 (by epochs), or at least 1")
         if self.bf16 and self.fp16:
             raise ConfigError("train.bf16 and train.fp16 are both true; choose one")
+        if self.fp8 and not self.fused:
+            raise ConfigError("train.fp8 is true and train.fused false, but only fused blocks multiply in fp8")
         if self.resume and self.overwrite:
             raise ConfigError("train.resume and train.overwrite are both true; choose one")

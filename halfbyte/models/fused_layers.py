@@ -76,6 +76,7 @@ class _Binding:
     seeds: DropoutSeeds
     offload: ActivationOffload
     sums: GradientSums
+    fp8: bool = False
     modules: tuple[nn.Module, ...] = ()
     """Of which the parts were made."""
     parts: BlockParts | None = None
@@ -139,13 +140,16 @@ class FusedLayer:
         )
 
 
-def fuse_layers_(model: PreTrainedModel, *, policy: Policy = "keep", adapters_ride: bool | None = None) -> FusionReport:
+def fuse_layers_(
+    model: PreTrainedModel, *, policy: Policy = "keep", adapters_ride: bool | None = None, fp8: bool = False
+) -> FusionReport:
     """Let fused blocks compute the decoder layers of a model, if all of them fit.
 
     Args:
         model: Changed in place, its layers' classes only.
         policy: What every block keeps for its backward.
         adapters_ride: Whether adapters lie beside the weights in products; None is what is best on the device.
+        fp8: Whether frozen weights are multiplied in fp8; on a CPU, for tests, in fp32 after rounding to it.
 
     Returns:
         How many layers were fused: all or none; and why not.
@@ -164,7 +168,7 @@ def fuse_layers_(model: PreTrainedModel, *, policy: Policy = "keep", adapters_ri
         if not isinstance(layer, FusedLayer):
             layer_class: Any = type(layer)
             layer.__class__ = _fused_class(layer_class)
-        binding: Any = _Binding(workspace_of(model), owners, policy, adapters_ride, *shared)
+        binding: Any = _Binding(workspace_of(model), owners, policy, adapters_ride, *shared, fp8=fp8)
         object.__setattr__(layer, "halfbyte_binding", binding)
     return FusionReport(len(layers), {})
 
@@ -316,6 +320,7 @@ def _make_group(*layers: Any, kind: str, binding: _Binding) -> ProjectionGroup:
         workspace=binding.workspace,
         owners=binding.owners,
         adapters_ride=binding.adapters_ride,
+        products="fp8" if binding.fp8 else "16bit",
     )
 
 
