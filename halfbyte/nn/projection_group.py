@@ -341,6 +341,7 @@ class ProjectionGroup:
         members, stacks = self.members, self._stacks
         if stacks is None or stacks.members != members or stacks.A_RD.dtype != dtype:
             self._stacks = stacks = _Stacks.empty(self, members, dtype)
+            self.workspace.generation += 1
             stacks.fill_A()
             stacks.fill()
         return stacks

@@ -22,6 +22,8 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self.generation = 0
+        """Rises when a buffer, or what a taker keeps beside it, moves: what has recorded addresses must forget them."""
 
     def take(self, key: str, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return a contiguous scratch tensor with undefined contents.
@@ -38,6 +40,7 @@ class Workspace:
             # Free the smaller buffer first, or both would be alive at the peak.
             self._buffers.pop((key, device), None)
             del buffer
+            self.generation += 1
             buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
             self._buffers[key, device] = buffer
         return buffer[:num_bytes].view(dtype).view(shape)
@@ -50,3 +53,4 @@ class Workspace:
     def release(self) -> None:
         """Give all buffers back; the next `take` allocates again."""
         self._buffers.clear()
+        self.generation += 1

@@ -32,6 +32,7 @@ from halfbyte.models.attention import PACKED_ATTENTION, DocumentLayout, has_varl
 from halfbyte.models.fused_layers import dropout_seeds_of, gradient_sums_of, iter_fused_layers, offload_of
 from halfbyte.models.packed_inputs import compute_dtype_of
 from halfbyte.nn import iter_trainable
+from halfbyte.nn.convert import workspace_of
 from halfbyte.ops.cross_entropy import IGNORED_LABEL
 from halfbyte.train.activations import free_bytes
 from halfbyte.train.batches import Batch, move_batch
@@ -86,6 +87,7 @@ class MicroBatches:
         self._seen: dict[_Shape, int] = {}
         self._graphs: dict[_Shape, _Recorded] = {}
         self._addresses: tuple[int, ...] = ()
+        self._generation = -1
         self._pool_bytes = 0
 
     def run(
@@ -131,6 +133,7 @@ class MicroBatches:
     def _run_recorded(self, batch: Mapping[str, Any]) -> torch.Tensor:
         assert self.offload is not None
         self._place_gradients()
+        self._forget_what_has_moved()
         padded = pad_micro_batch(batch)
         shape = _shape_of(padded)
         recorded = self._graphs.get(shape)
@@ -140,13 +143,22 @@ class MicroBatches:
                 self._make_room()
                 loss = self.loss_path(move_batch(padded, self.device), num_items=self._num_items)
                 loss.backward()
+                self._forget_what_has_moved()
                 return loss.detach()
             recorded = self._graphs[shape] = self._record(padded)
+            assert self._generation == workspace_of(self.model).generation, "a buffer has grown while recording"
         for name, target in recorded.inputs.items():
             if isinstance(target, torch.Tensor):
                 target.copy_(padded[name].pin_memory(), non_blocking=True)
         recorded.graph.replay()
         return recorded.loss.clone()
+
+    def _forget_what_has_moved(self) -> None:
+        """Let graphs go whose scratch buffers have been replaced since, by larger ones in an evaluation, say."""
+        generation = workspace_of(self.model).generation
+        if generation != self._generation:
+            self._release_graphs()
+            self._generation = generation
 
     def _is_recordable(self, shape: _Shape) -> bool:
         """Say whether all memory that it needs is there, and nothing that the host plans depends on more than it."""

@@ -40,3 +40,16 @@ def test_workspace_releases() -> None:
     workspace.take("weight", (10,), dtype=torch.float32, device=CPU)
     workspace.release()
     assert workspace.nbytes == 0
+
+
+def test_generation_rises_when_a_buffer_moves_and_only_then() -> None:
+    workspace = Workspace()
+    workspace.take("a", (4,), dtype=torch.float32, device=CPU)
+    generation = workspace.generation
+    workspace.take("a", (2, 2), dtype=torch.float32, device=CPU)
+    assert workspace.generation == generation
+    workspace.take("a", (5,), dtype=torch.float32, device=CPU)
+    assert workspace.generation > generation
+    generation = workspace.generation
+    workspace.release()
+    assert workspace.generation > generation

@@ -167,6 +167,19 @@ def test_a_graph_is_not_launched_after_parameters_have_moved() -> None:
 
 
 @pytest.mark.gpu
+def test_graphs_go_when_a_buffer_that_they_write_to_has_been_replaced() -> None:
+    losses, _, runner = run_on_gpu(as_graphs=True, family="llama", spec=NO_DROPOUT)
+    batch = make_batches()[0]
+    before = runner.run(batch, num_items=40).item()
+    assert runner._graphs
+    with torch.no_grad():
+        runner.model(torch.randint(5, VOCABULARY, (8, 128), device="cuda"), use_cache=False)
+    assert runner.run(batch, num_items=40).item() == before
+    assert len(runner._graphs) <= 1
+    assert losses
+
+
+@pytest.mark.gpu
 def test_released_graphs_give_their_memory_back() -> None:
     _, _, runner = run_on_gpu(as_graphs=True, family="llama", spec=NO_DROPOUT)
     reserved = torch.cuda.memory_reserved()
