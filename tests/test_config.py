@@ -270,6 +270,14 @@ def test_to_yaml_round_trip_is_exact(tmp_path_factory: pytest.TempPathFactory, *
     assert load_config(path) == original
 
 
+@pytest.mark.parametrize("end", ["\x85", "\u2028", "\u2029", "\r", "\n"])
+def test_to_yaml_keeps_every_line_end(end: str, tmp_path: Path) -> None:
+    original = config(data=DataSection(train="d", system=f"a{end}b{end}"))
+    path = tmp_path / "run.yaml"
+    path.write_text(to_yaml(original), encoding="utf-8", newline="")
+    assert load_config(path) == original
+
+
 def test_to_yaml_is_yaml_that_others_read_alike() -> None:
     read = yaml.safe_load(to_yaml(config(train=TrainSection(learning_rate=2e-4))))
     assert read["train"]["learning_rate"] == 2e-4

@@ -109,11 +109,15 @@ def save_run_config(config: RunConfig, folder: str | Path) -> Path:
     return path
 
 
+RARE_LINE_ENDS = "\x85\u2028\u2029"
+
+
 class _Dumper(yaml.SafeDumper):
-    """Quotes the words that mean nothing (none, null, ~) where they are text."""
+    """Quotes the words that mean nothing (none, null, ~) where they are text, and rare line ends, which get folded."""
 
     def represent_text(self, text: str) -> yaml.Node:
-        style = '"' if text.strip().lower() in NONE_WORDS else None
+        quoted = text.strip().lower() in NONE_WORDS or any(end in text for end in RARE_LINE_ENDS)
+        style = '"' if quoted else None
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
