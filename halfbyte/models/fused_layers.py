@@ -4,8 +4,8 @@ A layer fits if it is one of the classes below, whose forward was read and is te
 what that class has by default: frozen RMS norms, SiLU, linear projections in 4 bits or plain with or without adapters.
 
 The layer stays where it is, with its parameters, names and state dict: only its class becomes a subclass made here,
-whose forward calls the block, or `decode_layer` for one new token of a generation. Whatever neither does goes to the
-library's own forward: prompts that fill a cache, autocast, weights that are expanded for inference.
+whose forward calls the block. What the block does not do goes to the library's own forward: whatever fills or reads a
+cache, autocast, weights that are expanded for inference. Generation has decoders of its own.
 
 `fuse_layers_` is chosen by the trainer where every layer fits; `unfuse_layers_` is the inverse.
 """
@@ -25,7 +25,6 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from halfbyte.memory.activation_offload import ActivationOffload
-from halfbyte.models.decode_layer import TokenState, can_decode, decode_layer
 from halfbyte.nn.convert import workspace_of
 from halfbyte.nn.decoder_block import decoder_block
 from halfbyte.nn.decoder_block_parts import BlockParts, GradientSums, KeptNumbers, Norm, Policy
@@ -72,7 +71,6 @@ class _Binding:
     owners: dict[str, WeightOwner]
     policy: Policy
     adapters_ride: bool
-    token: TokenState
     seeds: DropoutSeeds
     offload: ActivationOffload
     sums: GradientSums
@@ -98,20 +96,6 @@ class FusedLayer:
         **kwargs: Any,
     ) -> torch.Tensor:
         """Compute the layer as its class does; the arguments are transformers'."""
-        if (
-            past_key_values is not None
-            and position_embeddings is not None
-            and can_decode(self, hidden_states, attention_mask)
-            and _current_parts(self) is not None
-        ):
-            return decode_layer(
-                self,
-                hidden_states,
-                attention_mask=attention_mask,
-                cache=past_key_values,
-                position_embeddings=position_embeddings,
-                token=self.halfbyte_binding.token,
-            )
         kwargs |= {"position_ids": position_ids, "use_cache": use_cache}
         parts = _current_parts(self) if past_key_values is None and position_embeddings is not None else None
         if parts is None or _is_better_unfused(self, hidden_states):
@@ -161,7 +145,7 @@ def fuse_layers_(
     if reasons:
         return FusionReport(0, dict(reasons))
     owners: dict[str, WeightOwner] = {}
-    shared = (TokenState(), DropoutSeeds(), ActivationOffload(), GradientSums())
+    shared = (DropoutSeeds(), ActivationOffload(), GradientSums())
     if adapters_ride is None:
         adapters_ride = next(model.parameters()).device.type == "cuda"
     for layer in layers:
