@@ -16,7 +16,6 @@ from benchmarks.measure import num_buffer_sets, time_on_gpu
 from halfbyte.kernels.decode_attention import DecodeAttentionLaunch
 from halfbyte.ops.decode_attention import Angles, HeadOptions, decode_attention_triton, default_launch
 from halfbyte.ops.decode_inner import gated_inner, normed_inner, plain_inner
-from halfbyte.ops.decode_outer import OuterAdapters, decode_outer
 
 # Prompts, query heads, key heads, length, capacity; heads of 128.
 ATTENTION_SHAPES = [
@@ -42,7 +41,6 @@ def rows(device: torch.device) -> Iterator[Row]:
     for tokens in (1, 4):
         for ranks in (0, 3 * RANK):
             yield from inner_rows(tokens, ranks, device)
-        yield from outer_rows(tokens, device)
 
 
 def attention_rows(shape: tuple[int, int, int, int, int], device: torch.device) -> Iterator[Row]:
@@ -84,18 +82,6 @@ def inner_rows(tokens: int, ranks: int, device: torch.device) -> Iterator[Row]:
     As = [torch.randn(ranks, FEED_FORWARD, dtype=DTYPE, device=device) for _ in range(sets)]
     calls = [functools.partial(gated_inner, gate, up, A, scale[:ranks]) for A in As]
     yield timed("gated_inner", f"{tokens} x {FEED_FORWARD}, {ranks} ranks", calls)
-
-
-def outer_rows(tokens: int, device: torch.device) -> Iterator[Row]:
-    for widths in ((WIDTH,) * 3, (FEED_FORWARD,) * 2, (WIDTH,)):
-        residual = torch.randn(tokens, WIDTH, dtype=DTYPE, device=device) if len(widths) == 1 else None
-        u = torch.randn(tokens, RANK * len(widths), device=device)
-        groups = []
-        for _ in range(num_buffer_sets(2 * RANK * sum(widths))):
-            Bs = [torch.randn(width, RANK, device=device) for width in widths]
-            groups.append(OuterAdapters.stack(Bs, widths, dtype=DTYPE, device=device))
-        calls = [functools.partial(decode_outer, u, group, residual=residual) for group in groups]
-        yield timed("decode_outer", f"{tokens} x {widths}", calls)
 
 
 def timed(op: str, shape: str, calls: list[Callable[[], object]]) -> Row:

@@ -29,19 +29,23 @@ def launch(kernel: Any, grid: int, *arguments: Any, num_warps: int, **constants:
         grid: How many programs.
         *arguments: In the order of the signature: tensors, integers and floats. The first is a tensor.
         num_warps: Of a program.
-        **constants: Its constexpr arguments.
+        **constants: Its constexpr arguments. With a true OVERLAP it may start while the launch before it still runs
+            (programmatic dependent launch, for compute capability 9.0 and newer), and waits by itself where it must.
     """
     if not arguments[0].is_cuda:
         # Under the interpreter.
         kernel[(grid,)](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
         return
+    options = {"num_warps": num_warps, "enable_fp_fusion": False}
+    if constants.get("OVERLAP", False):
+        options["launch_pdl"] = True
     device = arguments[0].device.index
     on_device = device == torch.cuda.current_device()
     with contextlib.nullcontext() if on_device else torch.cuda.device(device):
         key = (kernel.fn, device, num_warps, *constants.values(), *map(_kind_of, arguments))
         found = _COMPILED.get(key)
         if found is None:
-            compiled = kernel[(grid,)](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
+            compiled = kernel[(grid,)](*arguments, **constants, **options)
             names = [parameter.name for parameter in kernel.params][len(arguments) :]
             _COMPILED[key] = (compiled, tuple(constants[name] for name in names))
             return

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from halfbyte.kernels.matvec_4bit_parts import load_parts, member_parts, sum_parts
+
 CHUNKS_PER_MMA = 4
 WEIGHTS_PER_CHUNK = 32
 
@@ -99,35 +101,24 @@ def _tensor_parts() -> Any:
             LOOKUP, takes, arguments, dtype=(tl.float32,) * (4 * GROUPS), is_pure=False, pack=1
         )
 
-    @triton.jit
-    def _places(first, PER_SLOT: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-        """Return the row and the token of [8, PER_SLOT // 2, ROWS // 16, GROUPS, 2, 2] sums."""
-        tile = tl.arange(0, ROWS // 16)[None, None, :, None, None, None]
-        half = tl.arange(0, 2)[None, None, None, None, :, None]
-        row = first + tl.arange(0, 8)[:, None, None, None, None, None] + tile * 16 + half * 8
-        pair = tl.arange(0, PER_SLOT // 2)[None, :, None, None, None, None]
-        group = tl.arange(0, GROUPS)[None, None, None, :, None, None]
-        return row, group * PER_SLOT + pair * 2 + tl.arange(0, 2)[None, None, None, None, None, :]
-
-    return _pair_values, _load_words, _multiply, _places
+    return _pair_values, _load_words, _multiply
 
 
 @functools.cache
-def _step_parts(load_absmax: Any, decode_absmax: Any) -> Any:
-    """Return what a step does: load what the next one works on, and work."""
+def _step_parts() -> Any:
+    """Return what a step does: load what the next one works on, of the weight and of x, and work."""
     import triton
     import triton.language as tl
 
-    _load_absmax, _decode_absmax = load_absmax, decode_absmax
-    _, _load_words, _multiply, _ = _tensor_parts()
+    *_, _load_absmax, _decode_absmax = load_parts()
+    _, _load_words, _multiply = _tensor_parts()
 
     @triton.jit
-    def _load_step(
-        x_ptr, packed_ptr, absmax_ptr, scale_ptr, row, column, quad, chunk, slot_chunk, num_rows, num_chunks,
+    def _load_weight(
+        packed_ptr, absmax_ptr, scale_ptr, row, chunk, slot_chunk, num_rows, num_chunks,
         DOUBLE_QUANT: tl.constexpr, CHUNKS_PER_BLOCK: tl.constexpr, ROWS: tl.constexpr,
-        SLOTS: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr,
     ):  # fmt: skip
-        """Return for each eighth row a chunk's words, the absmax of the sums' block, its scale; and words of x."""
+        """Return for each eighth row a chunk's words, the absmax of the sums' block, and its scale."""
         loaded = (row,) * ROWS
         for i in tl.static_range(ROWS // 8):
             at = tl.minimum(row + 8 * i, num_rows - 1)
@@ -136,20 +127,26 @@ def _step_parts(load_absmax: Any, decode_absmax: Any) -> Any:
             absmax = _load_absmax(absmax_ptr, scale_ptr, first, block, DOUBLE_QUANT)
             words = _load_words(packed_ptr + at * num_chunks * 4 + tl.minimum(chunk, num_chunks - 1) * 4, None)
             loaded += (words, absmax[0], absmax[1])
+        return loaded[ROWS:]
+
+    @triton.jit
+    def _load_x(
+        x_ptr, column, quad, chunk, num_chunks, SLOTS: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr
+    ):
+        """Return the words of x, four of four for each group of columns."""
         x = (quad,) * GROUPS
         for group in tl.static_range(GROUPS):
             token = group * (8 // SLOTS) + column % (8 // SLOTS)
             mask = (quad * SLOTS // 4 == column // (8 // SLOTS)) & (token < TOKENS) & (chunk < num_chunks)
             for word in tl.static_range(4):
                 x += _load_words(x_ptr + (token * num_chunks + chunk) * 16 + word * 4, mask)
-        return loaded[ROWS:] + (x[GROUPS:],)  # noqa: RUF005
+        return x[GROUPS:]
 
     @triton.jit
     def _add_step(
-        sums, loaded, table, offset, map_ptr,
+        sums, loaded, x, table, offset, map_ptr,
         LOOKUP: tl.constexpr, DOUBLE_QUANT: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
-        x = loaded[3 * (ROWS // 8)]
         new_sums = sums[:0]
         for tile in tl.static_range(ROWS // 16):
             parts = (tl.zeros(table.shape, tl.float32),) * (4 * GROUPS)
@@ -162,67 +159,108 @@ def _step_parts(load_absmax: Any, decode_absmax: Any) -> Any:
                 new_sums += (tl.fma(parts[i], scale, sums[tile * 4 * GROUPS + i]),)
         return new_sums
 
-    return _load_step, _add_step
+    return _load_weight, _load_x, _add_step
 
 
 @functools.cache
-def tensor_kernel(ask_for: Any, load_absmax: Any, decode_absmax: Any, stack: Any, store: Any) -> Any:
-    """Return the kernel, made with functions of matvec_4bit."""
+def _walk_function() -> Any:
     import triton
     import triton.language as tl
 
-    _ask_for, _stack, _store = ask_for, stack, store
-    _load_step, _add_step = _step_parts(load_absmax, decode_absmax)
-    _pair_values, *_, _places = _tensor_parts()
+    _load_weight, _load_x, _add_step = _step_parts()
+
+    @triton.jit
+    def _walk(
+        loaded, x_ptr, packed_ptr, absmax_ptr, scale_ptr, row, column, quad, chunk, slot_chunk, num_rows, num_chunks,
+        table, offset, map_ptr,
+        LOOKUP: tl.constexpr, DOUBLE_QUANT: tl.constexpr, CHUNKS_PER_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+        THREADS: tl.constexpr, PREFETCH: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr,
+    ):  # fmt: skip
+        """Return each thread's sums; `loaded` is what the first step works on, of the weight."""
+        STEP: tl.constexpr = THREADS // 8
+        sums = (tl.zeros([THREADS], tl.float32),) * (4 * GROUPS * (ROWS // 16))
+        x = _load_x(x_ptr, column, quad, chunk, num_chunks, SLOTS, TOKENS, GROUPS)
+        start = 0
+        while start < num_chunks:
+            next_loaded, next_x = loaded, x
+            # A branch, for without one the assembler moves these loads down to where registers are free.
+            if PREFETCH and start + STEP < num_chunks:
+                next_loaded = _load_weight(
+                    packed_ptr, absmax_ptr, scale_ptr, row, start + STEP + chunk, start + STEP + slot_chunk,
+                    num_rows, num_chunks, DOUBLE_QUANT, CHUNKS_PER_BLOCK, ROWS,
+                )  # fmt: skip
+                next_x = _load_x(x_ptr, column, quad, start + STEP + chunk, num_chunks, SLOTS, TOKENS, GROUPS)
+            sums = _add_step(sums, loaded, x, table, offset, map_ptr, LOOKUP, DOUBLE_QUANT, GROUPS, ROWS)
+            start += STEP
+            if not PREFETCH:
+                next_loaded = _load_weight(
+                    packed_ptr, absmax_ptr, scale_ptr, row, start + chunk, start + slot_chunk,
+                    num_rows, num_chunks, DOUBLE_QUANT, CHUNKS_PER_BLOCK, ROWS,
+                )  # fmt: skip
+                next_x = _load_x(x_ptr, column, quad, start + chunk, num_chunks, SLOTS, TOKENS, GROUPS)
+            loaded, x = next_loaded, next_x
+        return sums
+
+    return _walk
+
+
+@functools.cache
+def tensor_kernel() -> Any:
+    import triton
+    import triton.language as tl
+
+    _pick, _load_B = member_parts()
+    _, _wait, *_ = load_parts()
+    _stack, _finish = sum_parts()
+    _load_weight, *_ = _step_parts()
+    _walk = _walk_function()
+    _pair_values, *_ = _tensor_parts()
 
     @triton.jit
     def _matvec_4bit_tensor_kernel(
-        x_ptr, packed_ptr, absmax_ptr, scale_ptr, offset_ptr, map_ptr, table_ptr, bias_ptr, add_ptr, out_ptr,
-        num_rows, num_chunks,
-        LOOKUP: tl.constexpr, X_DTYPE: tl.constexpr, TOKENS: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+        x_ptr, packed_0, packed_1, packed_2, absmax_0, absmax_1, absmax_2, scale_0, scale_1, scale_2,
+        offset_0, offset_1, offset_2, rows_0, rows_1, rows_2, rank_0, rank_1, rank_2,
+        map_ptr, table_ptr, bias_ptr, B_ptr, u_ptr, add_ptr, out_ptr, num_chunks,
+        LOOKUP: tl.constexpr, X_DTYPE: tl.constexpr, TOKENS: tl.constexpr, MEMBERS: tl.constexpr, BIAS: tl.constexpr,
+        ADD: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, RANK_BLOCK: tl.constexpr,
         DOUBLE_QUANT: tl.constexpr, CHUNKS_PER_BLOCK: tl.constexpr, ROWS: tl.constexpr, THREADS: tl.constexpr,
-        PREFETCH: tl.constexpr, ASK_FIRST: tl.constexpr, GROUPS: tl.constexpr,
+        PREFETCH: tl.constexpr, OVERLAP: tl.constexpr, ASK_FIRST: tl.constexpr, GROUPS: tl.constexpr,
     ):  # fmt: skip
         SLOTS: tl.constexpr = max(1, 4 // CHUNKS_PER_BLOCK)
-        STEP: tl.constexpr = THREADS // 8
+        PER_SLOT: tl.constexpr = 8 // SLOTS
+        tile, rows_before, num_rows, packed_ptr, absmax_ptr, scale_ptr, offset_ptr, first_rank = _pick(
+            tl.program_id(0), ROWS, MEMBERS, (rows_0, packed_0, absmax_0, scale_0, offset_0, rank_0),
+            (rows_1, packed_1, absmax_1, scale_1, offset_1, rank_1),
+            (rows_2, packed_2, absmax_2, scale_2, offset_2, rank_2),
+        )  # fmt: skip
         thread = tl.arange(0, THREADS)
-        quad, column = thread % 4, thread % 32 // 4
-        chunk = thread // 32 * 4 + quad
-        first = tl.program_id(0).to(tl.int64) * ROWS
+        quad, column, chunk = thread % 4, thread % 32 // 4, thread // 32 * 4 + thread % 4
+        first = tile.to(tl.int64) * ROWS
         row = first + column
-        if ASK_FIRST:
-            _ask_for(packed_ptr, first, num_rows, num_chunks, ROWS)
         table = _pair_values(tl.load(table_ptr + thread % 16), X_DTYPE)
         offset = tl.load(offset_ptr) if DOUBLE_QUANT else 0.0
         slot_chunk = chunk - quad + quad * SLOTS // 4 * CHUNKS_PER_BLOCK
-        sums = (tl.zeros([THREADS], tl.float32),) * (4 * GROUPS * (ROWS // 16))
-        loaded = _load_step(
-            x_ptr, packed_ptr, absmax_ptr, scale_ptr, row, column, quad, chunk, slot_chunk,
-            num_rows, num_chunks, DOUBLE_QUANT, CHUNKS_PER_BLOCK, ROWS, SLOTS, TOKENS, GROUPS,
+        loaded = _load_weight(
+            packed_ptr, absmax_ptr, scale_ptr, row, chunk, slot_chunk, num_rows, num_chunks,
+            DOUBLE_QUANT, CHUNKS_PER_BLOCK, ROWS,
         )  # fmt: skip
-        start = 0
-        while start < num_chunks:
-            next_loaded = loaded
-            # A branch, for without one the assembler moves these loads down to where registers are free.
-            if PREFETCH and start + STEP < num_chunks:
-                next_loaded = _load_step(
-                    x_ptr, packed_ptr, absmax_ptr, scale_ptr, row, column, quad, start + STEP + chunk,
-                    start + STEP + slot_chunk, num_rows, num_chunks,
-                    DOUBLE_QUANT, CHUNKS_PER_BLOCK, ROWS, SLOTS, TOKENS, GROUPS,
-                )  # fmt: skip
-            sums = _add_step(sums, loaded, table, offset, map_ptr, LOOKUP, DOUBLE_QUANT, GROUPS, ROWS)
-            start += STEP
-            if not PREFETCH:
-                next_loaded = _load_step(
-                    x_ptr, packed_ptr, absmax_ptr, scale_ptr, row, column, quad, start + chunk,
-                    start + slot_chunk, num_rows, num_chunks,
-                    DOUBLE_QUANT, CHUNKS_PER_BLOCK, ROWS, SLOTS, TOKENS, GROUPS,
-                )  # fmt: skip
-            loaded = next_loaded
-
-        y = tl.reshape(_stack(sums, GROUPS * (ROWS // 4)), [THREADS // 32, 8, SLOTS, 4 // SLOTS, GROUPS * (ROWS // 4)])
-        y = tl.reshape(tl.sum(tl.sum(y, axis=2), axis=0), [8, 4 // SLOTS, ROWS // 16, GROUPS, 2, 2])
-        row, token = _places(first, 8 // SLOTS, ROWS, GROUPS)
-        _store(y, token, row, (row < num_rows) & (token < TOKENS), bias_ptr, add_ptr, out_ptr, num_rows, BIAS, ADD)
+        B = _load_B(B_ptr, first, rows_before, num_rows, ROWS, COLUMNS, RANK_BLOCK) if RANKS > 0 else 0.0
+        if OVERLAP:
+            _wait(packed_ptr, first, num_rows, num_chunks, ROWS, ASK_FIRST)
+        sums = _walk(
+            loaded, x_ptr, packed_ptr, absmax_ptr, scale_ptr, row, column, quad, chunk, slot_chunk, num_rows,
+            num_chunks, table, offset, map_ptr,
+            LOOKUP, DOUBLE_QUANT, CHUNKS_PER_BLOCK, ROWS, THREADS, PREFETCH, SLOTS, TOKENS, GROUPS,
+        )  # fmt: skip
+        NUM: tl.constexpr = GROUPS * (ROWS // 4)
+        y = tl.reshape(_stack(sums, NUM), [THREADS // 32, 8, SLOTS, PER_SLOT // 2, NUM])
+        y = tl.reshape(tl.sum(tl.sum(y, axis=2), axis=0), [8, PER_SLOT // 2, ROWS // 16, GROUPS, 2, 2])
+        # A row is tile, half, column; a token is group, pair, which of the pair.
+        y = tl.reshape(tl.permute(y, (2, 4, 0, 3, 1, 5)), [ROWS, GROUPS * PER_SLOT])
+        _finish(
+            y, (first + tl.arange(0, ROWS))[:, None], tl.arange(0, GROUPS * PER_SLOT)[None, :], B, rows_before,
+            num_rows, first_rank, bias_ptr, u_ptr, add_ptr, out_ptr,
+            TOKENS, 0, TOKENS, BIAS, ADD, RANKS, COLUMNS, RANK_BLOCK,
+        )  # fmt: skip
 
     return _matvec_4bit_tensor_kernel

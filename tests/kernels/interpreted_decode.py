@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from halfbyte.kernels.decode_attention import DecodeAttentionLaunch
 from halfbyte.nn import decode_group
-from halfbyte.ops.matvec_4bit import matvec_4bit_reference
+from halfbyte.ops.matvec_4bit import matvec_4bit_group
 from tests.models.test_static_decoder import PROMPTS, check_logits, make_fused
 from tests.ops.decode_cases import (
     ATTENTION_SHAPES,
     WINDOWS,
     check_decode_attention,
     check_decode_inner,
-    check_decode_outer,
 )
 from tests.ops.fused_cases import Place
 
@@ -53,16 +54,8 @@ def test_decode_inner_kernel_matches_fp64(shape: tuple[int, int, int], kind: str
     check_decode_inner(kind, shape, dtype, interpreted(dtype))
 
 
-@DTYPE
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_decode_outer_kernel_matches_fp64(tokens: int, dtype: torch.dtype) -> None:
-    for widths, ranks in (((64,), (4,)), ((70, 33, 5), (4, 4, 4)), ((40, 32, 64), (8, 0, 3))):
-        check_decode_outer(tokens, widths, ranks, dtype, interpreted(dtype), residual=len(widths) == 1)
-
-
 def test_static_decoder_of_these_kernels_gives_the_librarys_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     # Its own interpreted tests are elsewhere; here it would take minutes.
-    monkeypatch.setattr(
-        decode_group, "matvec_4bit", lambda x, q, bias, *, add, backend: matvec_4bit_reference(x, q, bias, add=add)
-    )
+    multiply = functools.partial(matvec_4bit_group, backend="torch")
+    monkeypatch.setattr(decode_group, "matvec_4bit_group", lambda *args, backend, **terms: multiply(*args, **terms))
     check_logits(make_fused("qwen3"), PROMPTS[:2], steps=3, backend="triton")

@@ -8,7 +8,7 @@ import torch
 from halfbyte.kernels.matvec_4bit import MatvecLaunch
 from halfbyte.ops.matvec_4bit import matvec_4bit_triton
 from halfbyte.quant import QuantSpec
-from tests.ops.matvec_cases import make_matvec_case
+from tests.ops.matvec_cases import check_matvec_group, make_matvec_case
 from tests.oracles import assert_close
 
 LAUNCH = MatvecLaunch(lookup="codes", rows_per_program=4, num_warps=1)
@@ -35,3 +35,12 @@ def test_matvec_4bit_kernel_matches_fp64(
     # To bf16 the interpreter cuts off, up to twice the error of a rounding.
     roundings = 2 if dtype == torch.bfloat16 else 1
     assert_close("y", case.exact(), y, dtype=dtype, roundings=roundings, reduction_length=shape[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("widths", [(9,), (8, 5), (3, 16, 6)], ids=str)
+def test_matvec_4bit_kernel_multiplies_a_group(widths: tuple[int, ...], tokens: int, dtype: torch.dtype) -> None:
+    roundings = 2 if dtype == torch.bfloat16 else 1
+    for ranks in ((0, 0, 0), (4, 0, 3), (1, 1, 1)):
+        check_matvec_group(tokens, widths, ranks[: len(widths)], 192, dtype, launch=LAUNCH, roundings=roundings)

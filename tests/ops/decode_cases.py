@@ -13,7 +13,6 @@ import torch
 from halfbyte.kernels.decode_attention import DecodeAttentionLaunch
 from halfbyte.ops.decode_attention import Angles, HeadNorms, HeadOptions, decode_attention, decode_attention_triton
 from halfbyte.ops.decode_inner import gated_inner, normed_inner, plain_inner
-from halfbyte.ops.decode_outer import OuterAdapters, decode_outer
 from tests.ops.fused_cases import Place
 from tests.oracles import assert_close
 
@@ -129,28 +128,3 @@ def check_decode_inner(kind: str, shape: tuple[int, int, int], dtype: torch.dtyp
         assert_close(
             "u", exact @ A.double().T * scale.double(), u, dtype=torch.float32, roundings=12, reduction_length=width
         )
-
-
-def check_decode_outer(
-    tokens: int, widths: tuple[int, ...], ranks: tuple[int, ...], dtype: torch.dtype, place: Place, *, residual: bool
-) -> None:
-    """A rank of 0 is a projection without an adapter."""
-    Bs = [torch.randn(width, rank).to(dtype) if rank else None for width, rank in zip(widths, ranks, strict=True)]
-    u = torch.randn(tokens, sum(ranks))
-    base = torch.randn(tokens, widths[0]).to(dtype) if residual else None
-    adapters = OuterAdapters.stack(
-        [None if B is None else B.to(place.device) for B in Bs], widths, dtype=dtype, device=torch.device(place.device)
-    )
-    there = None if base is None else base.to(place.device)
-    parts = decode_outer(u.to(place.device), adapters, residual=there, backend=place.backend)
-    assert len(parts) == len(widths)
-    rank = 0
-    for part, B, width in zip(parts, Bs, widths, strict=True):
-        exact = torch.zeros(tokens, width, dtype=torch.float64)
-        if B is not None:
-            exact = u[:, rank : rank + B.shape[1]].double() @ B.double().T
-            rank += B.shape[1]
-        if base is not None:
-            exact = exact + base.double()
-        assert part.is_contiguous()
-        assert_close("add", exact, part, dtype=torch.float32, roundings=6, reduction_length=sum(ranks))

@@ -9,15 +9,22 @@ import pytest
 import torch
 
 from halfbyte.errors import BackendError
-from halfbyte.kernels.matvec_4bit import MatvecLaunch, code_planes
+from halfbyte.kernels.matvec_4bit import MatvecLaunch
 from halfbyte.ops import Workspace, quantize_4bit
 from halfbyte.ops.linear_4bit import linear_4bit
 from halfbyte.ops.lora_linear import LoraOptions, lora_linear
-from halfbyte.ops.matvec_4bit import MAX_TOKENS, fits, matvec_4bit, matvec_4bit_reference, matvec_4bit_triton
+from halfbyte.ops.matvec_4bit import (
+    MAX_TOKENS,
+    default_launch,
+    fits,
+    matvec_4bit,
+    matvec_4bit_reference,
+    matvec_4bit_triton,
+    share_launch,
+)
 from halfbyte.quant import QuantSpec
-from halfbyte.quant.codebooks import codebook_values
-from tests.ops.matvec_cases import MatvecCase, make_matvec_case
-from tests.oracles import UNIT_ROUNDOFF, assert_close
+from tests.ops.matvec_cases import MatvecCase, check_matvec_group, lookup_roundings, make_matvec_case
+from tests.oracles import assert_close
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -30,37 +37,26 @@ TOKENS = pytest.mark.parametrize("tokens", [1, 2, 5, 8])
 SHAPES = [(1, 64), (7, 128), (576, 576), (192, 576), (1536, 576), (130, 4096), (4096, 4096), (11008, 4096)]
 LAUNCHES = [
     *(
-        MatvecLaunch(lookup=lookup, rows_per_program=rows, num_warps=num_warps, prefetch=prefetch, ask_first=ask_first)
-        for lookup in ("codes", "shuffle", "permute")
-        for rows, num_warps, prefetch, ask_first in (
-            *((1, 1, False, False), (4, 1, True, False), (2, 4, False, True), (8, 2, True, True), (4, 4, False, False)),
-        )
+        MatvecLaunch(lookup=lookup, rows_per_program=rows, num_warps=num_warps, prefetch=prefetch, overlap=overlap)
+        for lookup in ("codes", "shuffle")
+        for rows, num_warps, prefetch, overlap in ((1, 1, False, False), (4, 2, True, True), (8, 1, False, True))
     ),
+    MatvecLaunch(rows_per_program=8, num_warps=1, overlap=True, ask_first=True),
     *(
-        MatvecLaunch(lookup="tensor", rows_per_program=rows, num_warps=num_warps, prefetch=prefetch, ask_first=ask)
-        for rows, num_warps, prefetch, ask in (
-            *(
-                (16, 1, False, False),
-                (16, 4, True, False),
-                (16, 8, False, True),
-                (32, 2, True, True),
-                (32, 4, False, False),
-            ),
+        MatvecLaunch(lookup="tensor", rows_per_program=rows, num_warps=num_warps, prefetch=prefetch, overlap=overlap)
+        for rows, num_warps, prefetch, overlap in (
+            *((16, 1, False, False), (16, 4, True, True), (32, 2, True, False), (32, 4, False, True)),
         )
     ),
 ]
-
-
-# What a looked up value may be off by, relatively; codes and shuffles are exact, and fp32 is looked up by them.
-LOOKUP_ERROR = 2.0**-16
+GROUPS = [((9,), (4,)), ((70, 33), (8, 3)), ((40, 32, 17), (8, 0, 3)), ((64, 5, 70), (0, 0, 0)), ((33, 7), (64, 64))]
 
 
 def check(case: MatvecCase, y: torch.Tensor, *, lookup: str = "tensor") -> None:
     dtype = case.x.dtype
-    is_exact = lookup in ("codes", "shuffle") or (lookup == "tensor" and dtype == torch.float32)
     assert y.dtype == dtype
-    # A code's error is the same wherever it stands; where products cancel it weighs up to twice as much.
-    roundings = 1 if is_exact else 1 + 2 * LOOKUP_ERROR / UNIT_ROUNDOFF[dtype]
+    is_exact = lookup in ("codes", "shuffle") or dtype == torch.float32
+    roundings = lookup_roundings(dtype, is_exact=is_exact)
     assert_close("y", case.exact(), y, dtype=dtype, roundings=roundings, reduction_length=case.q.shape[1])
 
 
@@ -113,6 +109,45 @@ def test_matvec_4bit_says_why_the_kernel_does_not_fit() -> None:
         matvec_4bit(torch.randn(1, 100), q, backend="triton")
 
 
+@DTYPE
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize(("widths", "ranks"), GROUPS)
+def test_matvec_4bit_group_on_a_cpu_matches_fp64(
+    widths: tuple[int, ...], ranks: tuple[int, ...], tokens: int, dtype: torch.dtype
+) -> None:
+    check_matvec_group(tokens, widths, ranks, 192, dtype)
+
+
+@pytest.mark.gpu
+@DTYPE
+@TOKENS
+@pytest.mark.parametrize("overlap", [False, True], ids=["alone", "overlap"])
+def test_matvec_4bit_group_on_a_gpu_matches_fp64(overlap: bool, tokens: int, dtype: torch.dtype) -> None:
+    roundings = lookup_roundings(dtype, is_exact=dtype == torch.float32)
+    large = [((4096, 1024, 1024), (16, 16, 16)), ((9000, 9000), (8, 0)), ((4096,), (256,))]
+    for in_features in (192, 4096):
+        for widths, ranks in (*GROUPS, *large):
+            check_matvec_group(
+                tokens, widths, ranks, in_features, dtype, device="cuda", overlap=overlap, roundings=roundings
+            )
+
+
+def test_share_launch_is_for_weights_of_one_format_and_width() -> None:
+    q, other = quantize_4bit(torch.randn(8, 64), QuantSpec()), quantize_4bit(torch.randn(3, 64), QuantSpec())
+    assert share_launch([q, other, q])
+    assert not share_launch([q, q, q, q])
+    assert not share_launch([q, quantize_4bit(torch.randn(8, 128), QuantSpec())])
+    assert not share_launch([q, quantize_4bit(torch.randn(8, 64), QuantSpec(codebook="fp4"))])
+    assert not share_launch([q, quantize_4bit(torch.randn(8, 64), QuantSpec(double_quant=False))])
+
+
+def test_default_launch_takes_tensor_cores_for_several_tokens_of_16_bits() -> None:
+    assert default_launch(1, 4096, torch.bfloat16).lookup == "shuffle"
+    assert default_launch(2, 4096, torch.float32).lookup == "shuffle"
+    assert default_launch(2, 4096, torch.float16).lookup == "tensor"
+    assert default_launch(1, 11008, torch.bfloat16) != default_launch(1, 4096, torch.bfloat16)
+
+
 @pytest.mark.gpu
 @SPEC
 @DTYPE
@@ -155,14 +190,6 @@ def test_matvec_4bit_on_a_gpu_matches_fp64_however_launched(
         case = make_matvec_case(tokens, shape, spec, dtype, device="cuda")
         y = matvec_4bit_triton(case.x, case.q, case.bias, add=case.add, launch=launch)
         check(case, y, lookup=launch.lookup)
-
-
-@pytest.mark.parametrize("codebook", ["nf4", "fp4"])
-def test_code_planes_hold_values_within_their_error(codebook: str) -> None:
-    values = codebook_values(codebook)
-    planes = code_planes(values).view(torch.uint8).view(3, 16).int()
-    restored = (planes[0] << 24 | planes[1] << 16 | planes[2] << 8 | planes[2]).view(torch.float32)
-    assert ((restored - values).abs() <= LOOKUP_ERROR * values.abs()).all()
 
 
 @pytest.mark.gpu
