@@ -1,7 +1,7 @@
 """Decoding at batch 1: the base in 4 bits, with its adapter unmerged, and transformers' own generate() beside it.
 
     python -m benchmarks.bench_generate --profile trace.json          (a GPU: where a step's time goes)
-    python -m benchmarks.bench_generate --profile trace.json --eager  (the same without a graph)
+    python -m benchmarks.bench_generate --profile trace.json --eager  (the same without a graph; or with --overlap)
 
 A random model of SmolLM2-135M's shape on a CPU, of Llama-7B's on a GPU; a prompt of 64 tokens, then so many new ones
 without stopping. `tokens_per_s` counts one prompt's tokens: it is the median of the steps after the first two, of
@@ -98,14 +98,14 @@ def generate(model: PreTrainedModel, prompt: list[int], device: torch.device) ->
 
 
 @torch.no_grad()
-def profile_steps(model: PreTrainedModel, num_prompts: int, *, graph: bool, trace: Path) -> None:
+def profile_steps(model: PreTrainedModel, num_prompts: int, *, graph: bool, overlap: bool, trace: Path) -> None:
     """Print what the kernels of a step take, longest first, and write a trace for chrome://tracing."""
     ids = torch.arange(4, 4 + PROMPT_TOKENS, device="cuda").expand(num_prompts, -1)
     with inference_state(model):
         cache = DynamicCache(config=model.config)
         model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         size = {"num_prompts": num_prompts, "num_tokens": PROMPT_TOKENS + NEW_TOKENS_ON_GPU}
-        decoder = StaticDecoder(model, greedy=True, graph=graph, **size)
+        decoder = StaticDecoder(model, greedy=True, graph=graph, overlap=overlap, **size)
         decoder.fill(cache, [PROMPT_TOKENS] * num_prompts)
         for _ in range(PROFILED_STEPS):
             decoder.advance(lambda logits_BV: logits_BV.argmax(-1))
@@ -133,11 +133,13 @@ def main() -> int:
     parser.add_argument("--profile", type=Path, required=True, help="where the trace goes")
     parser.add_argument("--prompts", type=int, default=1)
     parser.add_argument("--eager", action="store_true", help="without a graph")
+    parser.add_argument("--overlap", action="store_true", help="let kernels overlap")
     parser.add_argument("--base", action="store_true", help="without the adapter")
     options = parser.parse_args()
     model = build_model(torch.device("cuda"))
     with adapters_disabled(model) if options.base else contextlib.nullcontext():
-        profile_steps(model, options.prompts, graph=not options.eager, trace=options.profile)
+        how = {"graph": not options.eager, "overlap": options.overlap}
+        profile_steps(model, options.prompts, **how, trace=options.profile)
     return 0
 
 

@@ -12,6 +12,9 @@ Split-K: where one program a key head leaves most of the GPU idle, SPLITS progra
 whatever their number is just then, and a second launch joins what they found. How many keys there are is read from the
 device: the same launches serve every step.
 
+With overlap, see matvec_4bit, the first keys and values are loaded while the kernels before still run: they are of
+earlier tokens.
+
 Source: Dao et al., Flash-Decoding for long-context inference, 2023.
 """
 
@@ -37,6 +40,8 @@ class DecodeAttentionLaunch:
     keys_per_step: int = 32
     """A power of two."""
     num_warps: int = 4
+    overlap: bool = False
+    """Whether they may start while kernels before them still run."""
 
 
 def decode_attention(
@@ -58,7 +63,7 @@ def decode_attention(
     query_heads, splits = out_BA.shape[1] // width, launch.num_splits
     group = query_heads // key_heads
     num_parts = prompts * query_heads * splits
-    sizes = {"WIDTH": width, "BLOCK": _power_of_two(width), "SPLITS": splits}
+    sizes = {"WIDTH": width, "BLOCK": _power_of_two(width), "SPLITS": splits, "OVERLAP": launch.overlap}
     # What programs that share a prompt's keys find, and its maxima and sums.
     shapes = ((0,), (0,)) if splits == 1 else ((num_parts, width), (2, num_parts))
     parts = [torch.empty(shape, dtype=torch.float32, device=out_BA.device) for shape in shapes]
@@ -93,7 +98,7 @@ def decode_attention(
         _join(parts, out_BA, num_parts, sizes)
 
 
-def _join(parts: list[torch.Tensor], out_BA: torch.Tensor, num_parts: int, sizes: dict[str, int]) -> None:
+def _join(parts: list[torch.Tensor], out_BA: torch.Tensor, num_parts: int, sizes: dict[str, Any]) -> None:
     """Write to `out_BA` what the parts make together."""
     launch_kernel(
         _join_kernel(),
@@ -109,10 +114,12 @@ def _join(parts: list[torch.Tensor], out_BA: torch.Tensor, num_parts: int, sizes
 
 def _functions() -> dict[str, Any]:
     """Return what the kernel is made of."""
+    load, step = _step_functions()
     return {
         "TURN": _turn_function(),
         "BEGIN": _begin_function(),
-        "STEP": _step_function(),
+        "LOAD": load,
+        "STEP": step,
         "STORE": _store_function(),
     }
 
@@ -179,30 +186,31 @@ def _begin_function() -> Any:
 
 
 @functools.cache
-def _step_function() -> Any:
+def _step_functions() -> Any:
     import triton
     import triton.language as tl
 
     @triton.jit
-    def _step(
-        q, at, stop, top, total, values, key_ptr, value_ptr,
-        WIDTH: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
-    ):  # fmt: skip
-        """Take in the next KEYS keys, one a lane: return the lanes' maxima, sums and weighted values."""
+    def _load(at, stop, key_ptr, value_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr):
+        """Return the next KEYS keys, one a lane, and their values."""
         lane = tl.arange(0, KEYS)[None, :, None]
         column = tl.arange(0, BLOCK)[None, None, :]
         mask = (at + lane < stop) & (column < WIDTH)
         offset = (at + lane) * WIDTH + column
-        key = tl.load(key_ptr + offset, mask=mask, other=0).to(tl.float32)
-        value = tl.load(value_ptr + offset, mask=mask, other=0).to(tl.float32)
+        return tl.load(key_ptr + offset, mask=mask, other=0), tl.load(value_ptr + offset, mask=mask, other=0)
+
+    @triton.jit
+    def _step(q, at, stop, top, total, values, key, value, KEYS: tl.constexpr):
+        """Take them in: return the lanes' maxima, sums and weighted values."""
         seen = at + tl.arange(0, KEYS)[None, :] < stop
-        score = tl.where(seen, tl.sum(q * key, axis=2), -1e30)
+        score = tl.where(seen, tl.sum(q * key.to(tl.float32), axis=2), -1e30)
         new_top = tl.maximum(top, score)
         shrink = tl.exp2(top - new_top)
         weight = tl.where(seen, tl.exp2(score - new_top), 0.0)
-        return new_top, total * shrink + weight, values * shrink[:, :, None] + weight[:, :, None] * value
+        values = values * shrink[:, :, None] + weight[:, :, None] * value.to(tl.float32)
+        return new_top, total * shrink + weight, values
 
-    return _step
+    return _load, _step
 
 
 @functools.cache
@@ -245,9 +253,10 @@ def _attend_kernel() -> Any:
     def _decode_attention_kernel(
         q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, length_ptr, key_ptr, value_ptr, out_ptr,
         part_ptr, stats_ptr, q_stride, k_stride, v_stride, capacity, num_parts, eps, scale,
-        TURN: tl.constexpr, BEGIN: tl.constexpr, STEP: tl.constexpr, STORE: tl.constexpr,
+        TURN: tl.constexpr, BEGIN: tl.constexpr, LOAD: tl.constexpr, STEP: tl.constexpr, STORE: tl.constexpr,
         NORM: tl.constexpr, ROTATE: tl.constexpr, WINDOW: tl.constexpr, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr,
         GROUP_BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):  # fmt: skip
         split = tl.program_id(0) % SPLITS
         # The key head among those of all prompts.
@@ -268,6 +277,10 @@ def _attend_kernel() -> Any:
         key_ptr += head * capacity * WIDTH
         value_ptr += head * capacity * WIDTH
         in_head = (row < GROUP) & (column < WIDTH)
+        loaded = LOAD(at, stop, key_ptr, value_ptr, WIDTH, BLOCK, KEYS)
+        if OVERLAP:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
         q_row = q_ptr + prompt * q_stride + (own_head * GROUP + row) * WIDTH
         q = TURN(q_row, q_norm_ptr, cos_ptr, sin_ptr, in_head, column, eps, NORM, ROTATE, WIDTH) * scale
         own = prompt * k_stride + own_head * WIDTH, prompt * v_stride + own_head * WIDTH
@@ -277,7 +290,9 @@ def _attend_kernel() -> Any:
             split == SPLITS - 1, eps, TURN, NORM, ROTATE, GROUP_BLOCK, WIDTH, BLOCK, KEYS,
         )  # fmt: skip
         while at < stop:
-            top, total, values = STEP(q, at, stop, top, total, values, key_ptr, value_ptr, WIDTH, BLOCK, KEYS)
+            following = LOAD(at + KEYS, stop, key_ptr, value_ptr, WIDTH, BLOCK, KEYS)
+            top, total, values = STEP(q, at, stop, top, total, values, loaded[0], loaded[1], KEYS)
+            loaded = following
             at += KEYS
         STORE(
             top, total, values, head, split, out_ptr, part_ptr, stats_ptr, num_parts,
@@ -296,7 +311,11 @@ def _join_kernel() -> Any:
     def _join_splits_kernel(
         part_ptr, stats_ptr, out_ptr, num_parts,
         WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, SPLIT_BLOCK: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):  # fmt: skip
+        if OVERLAP:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
         head = tl.program_id(0)
         split = tl.arange(0, SPLIT_BLOCK)
         column = tl.arange(0, BLOCK)[None, :]

@@ -16,6 +16,11 @@ Every operation has a reference in plain torch, so that the step runs without a 
 the graph reads is held by this object or by the model. Scratch buffers of the model's workspace are not used, for they
 move when they grow.
 
+Kernels may overlap: each starts while those before it still run, loads weights, and waits for all of them to complete
+before it reads what they wrote or writes anything itself. As every one waits, a kernel's end means the end of all
+before it, and buffers may be used again as in a plain stream. What is read before waiting (weights, adapters, lengths,
+keys of earlier tokens) was last written before the step's first operation, which is torch's and overlaps nothing.
+
 Price: the cache for all tokens to come at once, the adapters once more in the dtype of the tokens, and some tenths of a
 second for recording.
 
@@ -45,6 +50,9 @@ SHELLS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3Fo
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 MAX_HEAD_WIDTH = 256
 CAPACITY_MULTIPLE = 256
+OVERLAP = False
+"""Whether kernels overlap where nothing is said."""
+OVERLAP_CAPABILITY = (9, 0)
 Choose = Callable[[torch.Tensor], torch.Tensor]
 """Logits (B, V) in fp32 -> tokens (B)."""
 
@@ -130,6 +138,7 @@ class StaticDecoder:
         greedy: bool,
         backend: str = "auto",
         graph: bool | None = None,
+        overlap: bool | None = None,
     ) -> None:
         """Prepare a model that `why_not_static` has nothing against, and record its step.
 
@@ -140,11 +149,13 @@ class StaticDecoder:
             greedy: Whether the step chooses the likeliest token itself.
             backend: Of the operations.
             graph: Whether the step is recorded; None is where there is a CUDA device.
+            overlap: Whether its kernels overlap, where the device can; None is OVERLAP.
         """
         decoder: Any = model.model
         self.embed, self.final_norm, self.head = decoder.embed_tokens, decoder.norm, model.lm_head
         weight = self.embed.weight
         self.device, self.dtype, self.backend, self.greedy = weight.device, weight.dtype, backend, greedy
+        self.overlap = (OVERLAP if overlap is None else overlap) and can_overlap(self.device)
         self.num_prompts, self.capacity = num_prompts, round_capacity(num_tokens)
         self.weight_state = weight_state(model)
         # Of the first argument the library reads dtype and device.
@@ -260,16 +271,16 @@ class StaticDecoder:
         if group is None:
             logits_BV = self.head(n_BD)
         else:
-            (logits_BV,) = multiply_group(group, n_BD, u_BR, backend=self.backend)
+            (logits_BV,) = multiply_group(group, n_BD, u_BR, overlap=self.overlap, backend=self.backend)
         if self.greedy:
             self.token_B.copy_(logits_BV.argmax(-1))
         self.length_B += 1
         return logits_BV
 
     def _layer(self, layer: _Layer, hidden_BD: torch.Tensor) -> torch.Tensor:
-        backend = self.backend
+        how: Any = {"overlap": self.overlap, "backend": self.backend}
         n_BD, u_BR = self._normed(layer.norm1, hidden_BD, layer.qkv.A_RD, layer.qkv.scale_R)
-        q_BA, k_BF, v_BF = multiply_group(layer.qkv, n_BD, u_BR, backend=backend)
+        q_BA, k_BF, v_BF = multiply_group(layer.qkv, n_BD, u_BR, **how)
         a_BA = decode_attention(
             q_BA,
             k_BF,
@@ -278,21 +289,22 @@ class StaticDecoder:
             layer.key_BKCH,
             layer.value_BKCH,
             options=layer.heads,
-            backend=backend,
+            **how,
         )
-        u_BR = plain_inner(a_BA, layer.o.A_RD, layer.o.scale_R, backend=backend)
-        (hidden_BD,) = multiply_group(layer.o, a_BA, u_BR, residual=hidden_BD, backend=backend)
+        u_BR = plain_inner(a_BA, layer.o.A_RD, layer.o.scale_R, **how)
+        (hidden_BD,) = multiply_group(layer.o, a_BA, u_BR, residual=hidden_BD, **how)
         n_BD, u_BR = self._normed(layer.norm2, hidden_BD, layer.gate_up.A_RD, layer.gate_up.scale_R)
-        gate_BF, up_BF = multiply_group(layer.gate_up, n_BD, u_BR, backend=backend)
-        p_BF, u_BR = gated_inner(gate_BF, up_BF, layer.down.A_RD, layer.down.scale_R, backend=backend)
-        (hidden_BD,) = multiply_group(layer.down, p_BF, u_BR, residual=hidden_BD, backend=backend)
+        gate_BF, up_BF = multiply_group(layer.gate_up, n_BD, u_BR, **how)
+        p_BF, u_BR = gated_inner(gate_BF, up_BF, layer.down.A_RD, layer.down.scale_R, **how)
+        (hidden_BD,) = multiply_group(layer.down, p_BF, u_BR, residual=hidden_BD, **how)
         return hidden_BD
 
     def _normed(
         self, norm: Any, x_BD: torch.Tensor, A_RD: torch.Tensor, scale_R: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         eps = norm.variance_epsilon
-        return normed_inner(x_BD, norm.weight.detach(), A_RD, scale_R, eps=eps, backend=self.backend)
+        weight = norm.weight.detach()
+        return normed_inner(x_BD, weight, A_RD, scale_R, eps=eps, overlap=self.overlap, backend=self.backend)
 
     def _prepare(self, layer: Any) -> _Layer:
         attention = layer.self_attn
@@ -335,6 +347,11 @@ class StaticDecoder:
             event.synchronize()
         tokens: list[int] = host_B.tolist()
         return tokens
+
+
+def can_overlap(device: torch.device) -> bool:
+    """Say whether kernels can wait for others that still run."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OVERLAP_CAPABILITY
 
 
 @functools.cache

@@ -69,6 +69,7 @@ def decode_attention(
     value_BKCH: torch.Tensor,
     *,
     options: HeadOptions,
+    overlap: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Put a token's keys and values into the cache, and attend.
@@ -81,6 +82,8 @@ def decode_attention(
         key_BKCH: (prompts, key heads, capacity, width), contiguous, changed at `length_B`.
         value_BKCH: As the keys.
         options: Of the layer.
+        overlap: Whether the kernels may start while those before them still run, if they let them. Lengths and what the
+            cache holds must not have been written since the last launch that does not overlap.
         backend: "auto" (by device), "torch" or "triton".
 
     Returns:
@@ -92,6 +95,7 @@ def decode_attention(
     if resolve_backend("decode_attention", backend, q_BA.device) == "torch":
         return decode_attention_reference(q_BA, k_BF, v_BF, length_B, key_BKCH, value_BKCH, options=options)
     launch = default_launch(q_BA.shape[1] // key_BKCH.shape[3], key_BKCH.shape)
+    launch = dataclasses.replace(launch, overlap=overlap)
     return decode_attention_triton(q_BA, k_BF, v_BF, length_B, key_BKCH, value_BKCH, options=options, launch=launch)
 
 

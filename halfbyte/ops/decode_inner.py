@@ -23,6 +23,7 @@ def normed_inner(
     scale_R: torch.Tensor,
     *,
     eps: float,
+    overlap: bool = False,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Norm a few tokens.
@@ -33,6 +34,8 @@ def normed_inner(
         A_RD: (ranks, features), any floating dtype, contiguous.
         scale_R: (ranks,), fp32.
         eps: Added to the mean square.
+        overlap: Whether the kernel may start while those before it still run, if they let it. The weight, A and the
+            scales must not have been written since the last launch that does not overlap.
         backend: "auto" (by device), "torch" or "triton".
 
     Returns:
@@ -45,7 +48,7 @@ def normed_inner(
         exact_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
         exact_TD = exact_TD * (exact_TD.square().mean(-1, keepdim=True) + eps).rsqrt() * weight_D
         return exact_TD.to(x_TD.dtype), _inner_reference(exact_TD, A_RD, scale_R)
-    return _launch("norm", x_TD, weight_D, A_RD, scale_R, eps=eps)
+    return _launch("norm", x_TD, weight_D, A_RD, scale_R, eps=eps, overlap=overlap)
 
 
 def gated_inner(
@@ -54,6 +57,7 @@ def gated_inner(
     A_RF: torch.Tensor,
     scale_R: torch.Tensor,
     *,
+    overlap: bool = False,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return silu(gate) up, and u; gate and up have rows of any stride, otherwise as `normed_inner`."""
@@ -63,18 +67,18 @@ def gated_inner(
         return exact_TF.to(gate_TF.dtype), _inner_reference(exact_TF, A_RF, scale_R)
     assert gate_TF.shape == up_TF.shape
     assert up_TF.stride(1) == 1
-    return _launch("gated", gate_TF, up_TF, A_RF, scale_R)
+    return _launch("gated", gate_TF, up_TF, A_RF, scale_R, overlap=overlap)
 
 
 def plain_inner(
-    x_TD: torch.Tensor, A_RD: torch.Tensor, scale_R: torch.Tensor, *, backend: str = "auto"
+    x_TD: torch.Tensor, A_RD: torch.Tensor, scale_R: torch.Tensor, *, overlap: bool = False, backend: str = "auto"
 ) -> torch.Tensor:
     """Return u of the tokens as they are, as `normed_inner`."""
     if not A_RD.shape[0]:
         return x_TD.new_empty(x_TD.shape[0], 0, dtype=torch.float32)
     if resolve_backend("plain_inner", backend, x_TD.device) == "torch":
         return _inner_reference(x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)), A_RD, scale_R)
-    return _launch("plain", x_TD, x_TD, A_RD, scale_R)[1]
+    return _launch("plain", x_TD, x_TD, A_RD, scale_R, overlap=overlap)[1]
 
 
 def _launch(
@@ -85,13 +89,14 @@ def _launch(
     scale_R: torch.Tensor,
     *,
     eps: float = 0.0,
+    overlap: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     assert x_TD.stride(1) == 1
     assert A_RD.is_contiguous()
     assert A_RD.shape == (scale_R.shape[0], x_TD.shape[1])
     out_TD = x_TD if kind == "plain" else torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     u_TR = torch.empty(x_TD.shape[0], A_RD.shape[0], dtype=torch.float32, device=x_TD.device)
-    kernels.decode_inner(kind, x_TD, other, A_RD, scale_R, out_TD, u_TR, eps=eps)
+    kernels.decode_inner(kind, x_TD, other, A_RD, scale_R, out_TD, u_TR, eps=eps, overlap=overlap)
     return out_TD, u_TR
 
 

@@ -49,7 +49,7 @@ def test_decode_attention_kernels_norm_and_turn_heads(normed: bool, rotates: boo
 
 @DTYPE
 @pytest.mark.parametrize("kind", ["plain", "norm", "gated"])
-@pytest.mark.parametrize("shape", [(1, 64, 4), (3, 576, 5), (2, 5000, 3), (1, 100, 0), (2, 9000, 0)])
+@pytest.mark.parametrize("shape", [(1, 64, 4), (3, 576, 5), (2, 5000, 3), (1, 100, 0), (2, 9000, 0), (1, 20000, 2)])
 def test_decode_inner_kernel_matches_fp64(shape: tuple[int, int, int], kind: str, dtype: torch.dtype) -> None:
     check_decode_inner(kind, shape, dtype, interpreted(dtype))
 

@@ -8,4 +8,4 @@ from tests.interpreted import assert_passes_interpreted
 
 
 def test_decode_kernels_are_right_under_the_interpreter() -> None:
-    assert_passes_interpreted(Path(__file__).with_name("interpreted_decode.py"), num_tests=94)
+    assert_passes_interpreted(Path(__file__).with_name("interpreted_decode.py"), num_tests=103)

@@ -37,6 +37,7 @@ def check_decode_attention(
     rotates: bool = False,
     angle_dtype: torch.dtype = torch.float32,
     launch: DecodeAttentionLaunch | None = None,
+    overlap: bool = False,
 ) -> None:
     lengths, query_heads, key_heads, width, capacity = shape
     prompts, rows = len(lengths), (torch.arange(len(lengths)), slice(None), torch.tensor(lengths))
@@ -64,7 +65,7 @@ def check_decode_attention(
     length_B = torch.tensor(lengths, dtype=torch.int32, device=place.device)
     arguments = (*(place.put(t) for t in (q, k, v)), length_B, key, value)
     if launch is None:
-        out = decode_attention(*arguments, options=options, backend=place.backend)
+        out = decode_attention(*arguments, options=options, overlap=overlap, backend=place.backend)
     else:
         out = decode_attention_triton(*arguments, options=options, launch=launch)
     assert out.dtype == dtype
@@ -103,23 +104,26 @@ def moved(options: Any, place: Place) -> Any:
     return type(options)(**there)
 
 
-def check_decode_inner(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, place: Place) -> None:
+def check_decode_inner(
+    kind: str, shape: tuple[int, int, int], dtype: torch.dtype, place: Place, *, overlap: bool = False
+) -> None:
     tokens, width, ranks = shape
     x, other = torch.randn(2, tokens, width).to(dtype)
     weight = (1 + torch.randn(width) * 0.2).to(dtype)
     A = torch.randn(ranks, width).to(dtype)
     scale = torch.rand(ranks) + 0.5
     A_there, scale_there, weight_there = (t.to(place.device) for t in (A, scale, weight))
+    how: Any = {"overlap": overlap, "backend": place.backend}
     exact = x.double()
     out = None
     if kind == "norm":
         exact = exact * (exact.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight.double()
-        out, u = normed_inner(place.put(x), weight_there, A_there, scale_there, eps=EPS, backend=place.backend)
+        out, u = normed_inner(place.put(x), weight_there, A_there, scale_there, eps=EPS, **how)
     elif kind == "gated":
         exact = torch.nn.functional.silu(exact) * other.double()
-        out, u = gated_inner(place.put(x), place.put(other), A_there, scale_there, backend=place.backend)
+        out, u = gated_inner(place.put(x), place.put(other), A_there, scale_there, **how)
     else:
-        u = plain_inner(place.put(x), A_there, scale_there, backend=place.backend)
+        u = plain_inner(place.put(x), A_there, scale_there, **how)
     if out is not None:
         assert out.is_contiguous()
         place.check("out", exact, out, reduction_length=width)

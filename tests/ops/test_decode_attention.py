@@ -48,7 +48,8 @@ def test_default_launch_splits_long_caches_of_few_heads() -> None:
 def test_decode_attention_kernels_on_a_gpu_match_fp64(
     shape: tuple[tuple[int, ...], int, int, int, int], window: int | None, dtype: torch.dtype
 ) -> None:
-    check_decode_attention(shape, dtype, Place("triton", "cuda"), window=window)
+    for overlap in (False, True):
+        check_decode_attention(shape, dtype, Place("triton", "cuda"), window=window, overlap=overlap)
 
 
 @pytest.mark.gpu

@@ -23,6 +23,9 @@ def test_decode_inner_matches_fp64(shape: tuple[int, int, int], kind: str, dtype
 @pytest.mark.gpu
 @DTYPE
 @KIND
+@pytest.mark.parametrize("overlap", [False, True], ids=["alone", "overlap"])
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 4096, 48), (8, 11008, 16), (2, 28672, 256), (8, 8192, 0)])
-def test_decode_inner_kernel_on_a_gpu_matches_fp64(shape: tuple[int, int, int], kind: str, dtype: torch.dtype) -> None:
-    check_decode_inner(kind, shape, dtype, Place("triton", "cuda"))
+def test_decode_inner_kernel_on_a_gpu_matches_fp64(
+    shape: tuple[int, int, int], overlap: bool, kind: str, dtype: torch.dtype
+) -> None:
+    check_decode_inner(kind, shape, dtype, Place("triton", "cuda"), overlap=overlap)
