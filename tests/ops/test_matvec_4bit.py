@@ -125,8 +125,8 @@ def test_matvec_4bit_group_on_a_cpu_matches_fp64(
 def test_matvec_4bit_group_on_a_gpu_matches_fp64(overlap: bool, tokens: int, dtype: torch.dtype) -> None:
     roundings = lookup_roundings(dtype, is_exact=dtype == torch.float32)
     large = [((4096, 1024, 1024), (16, 16, 16)), ((9000, 9000), (8, 0)), ((4096,), (256,))]
-    for in_features in (192, 4096):
-        for widths, ranks in (*GROUPS, *large):
+    for in_features, groups in ((192, GROUPS), (4096, large)):
+        for widths, ranks in groups:
             check_matvec_group(
                 tokens, widths, ranks, in_features, dtype, device="cuda", overlap=overlap, roundings=roundings
             )
