@@ -119,25 +119,44 @@ def sum_parts() -> Any:
         return tl.reshape(tensors[0], [size, NUM])
 
     @triton.jit
-    def _finish(
-        y, row, token, B, rows_before, num_rows, first_rank, bias_ptr, u_ptr, add_ptr, out_ptr,
+    def _load_terms(
+        row, token, rows_before, num_rows, first_rank, bias_ptr, u_ptr, add_ptr,
         TOKENS: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
         RANKS: tl.constexpr, COLUMNS: tl.constexpr, RANK_BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """Add to y [rows, tokens FROM to TO] what else belongs to it, and store it."""
-        mask = (row < num_rows) & (token < TOKENS)
+        """Return bias and addend of y [rows, tokens FROM to TO], and u of each token."""
+        terms = (0.0, 0.0)
+        if BIAS:
+            terms = (tl.load(bias_ptr + rows_before + row, mask=row < num_rows, other=0), 0.0)
+        if ADD:
+            mask = (row < num_rows) & (token < TOKENS)
+            add = tl.load(add_ptr + rows_before * TOKENS + token * num_rows + row, mask=mask, other=0)
+            terms = (terms[0], add)
         if RANKS > 0:
             column = tl.arange(0, RANK_BLOCK)
             u_mask = (column < COLUMNS) & (first_rank + column < RANKS)
             for i in tl.static_range(FROM, TO):
                 u = tl.load(u_ptr + i * RANKS + first_rank + column, mask=u_mask, other=0)
-                part = tl.sum(B.to(tl.float32) * u[None, :], axis=1)
+                terms += (u,)  # type: ignore[assignment]
+        return terms
+
+    @triton.jit
+    def _finish(
+        y, row, token, terms, B, rows_before, num_rows, out_ptr,
+        TOKENS: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+        RANKS: tl.constexpr,
+    ):  # fmt: skip
+        """Add the terms and B u to y, and store it."""
+        if RANKS > 0:
+            for i in tl.static_range(FROM, TO):
+                part = tl.sum(B.to(tl.float32) * terms[2 + i - FROM][None, :], axis=1)
                 y += tl.where(token == i, part[:, None], 0.0)
         if BIAS:
-            y += tl.load(bias_ptr + rows_before + row, mask=row < num_rows, other=0).to(tl.float32)
-        out = rows_before * TOKENS + token * num_rows + row
+            y += terms[0].to(tl.float32)
         if ADD:
-            y += tl.load(add_ptr + out, mask=mask, other=0).to(tl.float32)
+            y += terms[1].to(tl.float32)
+        mask = (row < num_rows) & (token < TOKENS)
+        out = rows_before * TOKENS + token * num_rows + row
         tl.store(out_ptr + out, y.to(out_ptr.dtype.element_ty), mask=mask)
 
-    return _stack, _finish
+    return _stack, _load_terms, _finish

@@ -176,7 +176,8 @@ def rows_kernel() -> tuple[Any, dict[str, Any]]:
         PREFETCH: tl.constexpr, OVERLAP: tl.constexpr, ASK_FIRST: tl.constexpr, EVEN: tl.constexpr,
         PICK: tl.constexpr, LOAD_B: tl.constexpr, LOAD_TABLE: tl.constexpr, WAIT: tl.constexpr,
         LOAD_STEP: tl.constexpr, LOAD_ABSMAX: tl.constexpr, DECODE_ABSMAX: tl.constexpr, LOAD_X: tl.constexpr,
-        CHUNK_SUM: tl.constexpr, ADD_STEP: tl.constexpr, WALK: tl.constexpr, STACK: tl.constexpr, FINISH: tl.constexpr,
+        CHUNK_SUM: tl.constexpr, ADD_STEP: tl.constexpr, WALK: tl.constexpr, STACK: tl.constexpr,
+        LOAD_TERMS: tl.constexpr, FINISH: tl.constexpr,
     ):  # fmt: skip
         tile, rows_before, num_rows, packed_ptr, absmax_ptr, scale_ptr, offset_ptr, first_rank = PICK(
             tl.program_id(0), ROWS, MEMBERS, (rows_0, packed_0, absmax_0, scale_0, offset_0, rank_0),
@@ -186,7 +187,7 @@ def rows_kernel() -> tuple[Any, dict[str, Any]]:
         first = tile.to(tl.int64) * ROWS
         table = LOAD_TABLE(table_ptr, LOOKUP)
         offset = tl.load(offset_ptr) if DOUBLE_QUANT else 0.0
-        row = first + tl.arange(0, ROWS)
+        row = first + tl.arange(0, ROWS)[:, None]
         loaded = LOAD_STEP(
             packed_ptr, absmax_ptr, scale_ptr, first, tl.arange(0, THREADS), num_rows, num_chunks,
             LOAD_ABSMAX, DOUBLE_QUANT, CHUNKS_PER_BLOCK, ROWS,
@@ -194,6 +195,11 @@ def rows_kernel() -> tuple[Any, dict[str, Any]]:
         B = LOAD_B(B_ptr, first, rows_before, num_rows, ROWS, COLUMNS, RANK_BLOCK) if RANKS > 0 else 0.0
         if OVERLAP:
             WAIT(packed_ptr, first, num_rows, num_chunks, ROWS, ASK_FIRST)
+        # On their way while the sums are made.
+        terms = LOAD_TERMS(
+            row, 0, rows_before, num_rows, first_rank, bias_ptr, u_ptr, add_ptr,
+            TOKENS, 0, 1, BIAS, ADD, RANKS, COLUMNS, RANK_BLOCK,
+        )  # fmt: skip
         sums = WALK(
             loaded, x_ptr, packed_ptr, absmax_ptr, scale_ptr, first, num_rows, num_chunks, table, offset, map_ptr,
             LOOKUP, X_DTYPE, TOKENS, DOUBLE_QUANT, CHUNKS_PER_BLOCK, ROWS, THREADS, PREFETCH, EVEN,
@@ -201,9 +207,14 @@ def rows_kernel() -> tuple[Any, dict[str, Any]]:
         )  # fmt: skip
         for token in tl.static_range(TOKENS):
             y = tl.sum(STACK(sums[token * ROWS : token * ROWS + ROWS], ROWS), axis=0)
+            if token > 0:
+                terms = LOAD_TERMS(
+                    row, token, rows_before, num_rows, first_rank, bias_ptr, u_ptr, add_ptr,
+                    TOKENS, token, token + 1, BIAS, ADD, RANKS, COLUMNS, RANK_BLOCK,
+                )  # fmt: skip
             FINISH(
-                y[:, None], row[:, None], token, B, rows_before, num_rows, first_rank, bias_ptr, u_ptr, add_ptr,
-                out_ptr, TOKENS, token, token + 1, BIAS, ADD, RANKS, COLUMNS, RANK_BLOCK,
+                y[:, None], row, token, terms, B, rows_before, num_rows, out_ptr,
+                TOKENS, token, token + 1, BIAS, ADD, RANKS,
             )  # fmt: skip
 
     functions = (*member_parts(), *load_parts(), *sum_parts(), *_row_parts(), *_row_step(), _walk_function())

@@ -211,7 +211,7 @@ def tensor_kernel() -> Any:
 
     _pick, _load_B = member_parts()
     _, _wait, *_ = load_parts()
-    _stack, _finish = sum_parts()
+    _stack, _load_terms, _finish = sum_parts()
     _load_weight, *_ = _step_parts()
     _walk = _walk_function()
     _pair_values, *_ = _tensor_parts()
@@ -252,15 +252,16 @@ def tensor_kernel() -> Any:
             num_chunks, table, offset, map_ptr,
             LOOKUP, DOUBLE_QUANT, CHUNKS_PER_BLOCK, ROWS, THREADS, PREFETCH, SLOTS, TOKENS, GROUPS,
         )  # fmt: skip
+        rows, tokens = (first + tl.arange(0, ROWS))[:, None], tl.arange(0, GROUPS * PER_SLOT)[None, :]
+        terms = _load_terms(
+            rows, tokens, rows_before, num_rows, first_rank, bias_ptr, u_ptr, add_ptr,
+            TOKENS, 0, TOKENS, BIAS, ADD, RANKS, COLUMNS, RANK_BLOCK,
+        )  # fmt: skip
         NUM: tl.constexpr = GROUPS * (ROWS // 4)
         y = tl.reshape(_stack(sums, NUM), [THREADS // 32, 8, SLOTS, PER_SLOT // 2, NUM])
         y = tl.reshape(tl.sum(tl.sum(y, axis=2), axis=0), [8, PER_SLOT // 2, ROWS // 16, GROUPS, 2, 2])
         # A row is tile, half, column; a token is group, pair, which of the pair.
         y = tl.reshape(tl.permute(y, (2, 4, 0, 3, 1, 5)), [ROWS, GROUPS * PER_SLOT])
-        _finish(
-            y, (first + tl.arange(0, ROWS))[:, None], tl.arange(0, GROUPS * PER_SLOT)[None, :], B, rows_before,
-            num_rows, first_rank, bias_ptr, u_ptr, add_ptr, out_ptr,
-            TOKENS, 0, TOKENS, BIAS, ADD, RANKS, COLUMNS, RANK_BLOCK,
-        )  # fmt: skip
+        _finish(y, rows, tokens, terms, B, rows_before, num_rows, out_ptr, TOKENS, 0, TOKENS, BIAS, ADD, RANKS)
 
     return _matvec_4bit_tensor_kernel

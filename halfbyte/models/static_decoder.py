@@ -273,7 +273,7 @@ class StaticDecoder:
         else:
             (logits_BV,) = multiply_group(group, n_BD, u_BR, overlap=self.overlap, backend=self.backend)
         if self.greedy:
-            self.token_B.copy_(logits_BV.argmax(-1))
+            torch.argmax(logits_BV, -1, out=self.token_B)
         self.length_B += 1
         return logits_BV
 
