@@ -9,9 +9,11 @@ from transformers import PreTrainedModel
 from halfbyte.models.fused_layers import fuse_layers_
 from tests.models.test_fused_layers import FAMILIES, POLICIES, loss_and_grads, make_batch, make_model
 
-# Products err by some 4%, independently of each other; a gradient goes through a few of them, and in models this narrow
-# a single matrix may hang on a few elements.
-MIN_COSINE, MIN_COSINE_OF_ONE = 0.995, 0.97
+# Rounding to e4m3 errs by 2^-4 / sqrt(3) = 3.6% in the mean square, a product of two roundings by 5.1%. A gradient of
+# two layers goes through some twelve products whose errors add in quadrature, 18%, twice that where the softmax of
+# these models, with their large weights, is steep: a cosine of 1 / sqrt(1 + 0.36^2) for a single matrix. All gradients
+# together are dominated by those behind fewer products.
+MIN_COSINE, MIN_COSINE_OF_ONE = 0.995, 0.94
 
 
 def compare(model: PreTrainedModel, batch: dict[str, torch.Tensor], *, policy: str, adapters_ride: bool) -> None:
