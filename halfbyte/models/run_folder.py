@@ -52,7 +52,7 @@ def load_run(
     loaded = load_model(
         base,
         quant=load_run_quant(path),
-        compute_dtype=compute_dtype or options.dtype,
+        compute_dtype=compute_dtype or _run_dtype(values, options.dtype),
         device=device or options.device,
         allow_16bit_experts=options.allow_16bit_experts,
         attn_implementation=attn_implementation or options.attention,
@@ -74,6 +74,12 @@ def load_run_quant(path: Path) -> QuantSpec | None:
     if not quant.enabled:
         return None
     return QuantSpec(codebook=quant.codebook, block_size=quant.block_size, double_quant=quant.double_quant)
+
+
+def _run_dtype(values: dict[str, Any], dtype: str) -> str:
+    """Return the run's compute dtype: train.bf16 and train.fp16 are model.dtype by their usual names."""
+    train = make_section("train", values)
+    return "bfloat16" if train.bf16 else "float16" if train.fp16 else dtype
 
 
 def _run_values(path: Path) -> dict[str, Any]:

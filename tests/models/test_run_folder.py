@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from halfbyte.config import DataSection, ModelSection, QuantSection, RunConfig
+from halfbyte.config import DataSection, ModelSection, QuantSection, RunConfig, TrainSection
 from halfbyte.config.load import save_run_config
 from halfbyte.errors import ConfigError
 from halfbyte.models import load_model, load_run, save_adapter
@@ -53,6 +53,20 @@ def test_load_run_holds_the_base_as_in_training(run: Path) -> None:
     assert all(layer.quantized.spec == SPEC for layer in layers)
     assert torch.equal(logits_of(loaded.model), torch.load(run.parent / "logits.pt"))
     assert loaded.tokenizer.chat_template == "of the run"
+
+
+def test_load_run_computes_in_the_runs_dtype_by_either_name(run: Path, base: Path) -> None:
+    config = RunConfig(
+        model=ModelSection(path=str(base), device="cpu"),
+        data=DataSection(train="x.jsonl"),
+        train=TrainSection(bf16=True),
+    )
+    save_run_config(config, run)
+    assert (
+        load_run(run).report.compute_dtype
+        == load_model(base, quant=None, compute_dtype="bfloat16").report.compute_dtype
+    )
+    assert load_run(run, compute_dtype="float32").report.compute_dtype == torch.float32
 
 
 def test_load_run_takes_an_adapter_made_elsewhere(run: Path) -> None:
