@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
 from halfbyte.data import Example, build_renderer
+from halfbyte.models.generate import GenerationOptions, inference_state, iter_tokens
 from halfbyte.train.samples import answer_questions, choose_questions, printable
-from tests.train.runs import build_model
+from tests.train.runs import assert_same_values, build_model, build_trainer, logged, trained_values
 from tests.train.tiny import build_tokenizer
 
 
@@ -50,3 +56,19 @@ def test_answer_questions_asks_the_base_or_the_tuned_model() -> None:
 
 def test_printable_disarms_control_characters() -> None:
     assert printable("a\tb\n\x1b[31mred\x07") == "a\tb\n\\x1b[31mred\\x07"
+
+
+def test_training_with_answers_in_between_equals_training_without(tmp_path: Path) -> None:
+    class Ask(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            options = GenerationOptions(max_new_tokens=6, temperature=0.7)
+            with inference_state(model):
+                assert list(iter_tokens(model, [[5, 9, 33], [7, 8]], options=options, stop_ids=frozenset()))
+
+    runs = []
+    for callbacks in ([], [Ask()]):
+        trainer = build_trainer(tmp_path / str(len(runs)), max_steps=4, callbacks=callbacks)
+        trainer.train()
+        runs.append((logged(trainer), trained_values(trainer.model)))
+    assert runs[0][0] == runs[1][0]
+    assert_same_values(runs[0][1], runs[1][1])
