@@ -5,9 +5,9 @@
 
 A random model of SmolLM2-135M's shape on a CPU, of Llama-7B's on a GPU; a prompt of 64 tokens, then so many new ones
 without stopping. `tokens_per_s` counts one prompt's tokens: it is the median of the steps after the first two, of
-which the first reads the prompt and is `prefill_ms`. On a CPU 4-bit weights are kept expanded while generating, for
-transformers' loop as well; `expand_ms` is what that takes once. On a GPU a step is replayed from a graph;
-`record_ms` is what the first answer takes longer than the second, and there are rows for four prompts at once.
+which the first reads the prompt and is `prefill_ms`. The first answer makes a decoder, which expands the weights on a
+CPU and records a graph on a GPU: `prepare_ms` is what it takes longer than the second. transformers' loop restores the
+weights for each token. On a GPU there are rows for four prompts at once.
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ def rows(device: torch.device) -> Iterator[dict[str, object]]:
     prompt = list(range(4, 4 + PROMPT_TOKENS))
     for name, prompts in itertools.product(("base", "adapter"), (1, 4) if on_gpu else (1,)):
         with adapters_disabled(model) if name == "base" else contextlib.nullcontext():
-            started = time.perf_counter()
             with inference_state(model):
-                expanding = time.perf_counter() - started
                 first = decode(model, [prompt] * prompts, new_tokens)
                 seconds = decode(model, [prompt] * prompts, new_tokens)
                 library_seconds = generate(model, prompt, device) if prompts == 1 else None
@@ -58,9 +56,8 @@ def rows(device: torch.device) -> Iterator[dict[str, object]]:
             "prompts": prompts,
             "tokens_per_s": round(1 / step, 1),
             "prefill_ms": round(1e3 * seconds[0], 1),
+            "prepare_ms": round(1e3 * (sum(first) - sum(seconds)), 1),
         }
-        row |= {"record_ms": round(1e3 * (sum(first) - sum(seconds)), 1)} if on_gpu else {}
-        row |= {} if on_gpu else {"expand_ms": round(1e3 * expanding, 1)}
         if library_seconds is not None:
             row["transformers_tokens_per_s"] = round(LIBRARY_TOKENS / library_seconds, 1)
         yield row
