@@ -44,11 +44,10 @@ def rows(device: torch.device) -> Iterator[dict[str, object]]:
     model = build_model(device)
     prompt = list(range(4, 4 + PROMPT_TOKENS))
     for name, prompts in itertools.product(("base", "adapter"), (1, 4) if on_gpu else (1,)):
-        with adapters_disabled(model) if name == "base" else contextlib.nullcontext():
-            with inference_state(model):
-                first = decode(model, [prompt] * prompts, new_tokens)
-                seconds = decode(model, [prompt] * prompts, new_tokens)
-                library_seconds = generate(model, prompt, device) if prompts == 1 else None
+        with adapters_disabled(model) if name == "base" else contextlib.nullcontext(), inference_state(model):
+            first = decode(model, [prompt] * prompts, new_tokens)
+            seconds = decode(model, [prompt] * prompts, new_tokens)
+            library_seconds = generate(model, prompt, device) if prompts == 1 else None
         step = statistics.median(seconds[2:])
         row: dict[str, object] = {
             "model": "Llama-7B shape" if on_gpu else "SmolLM2-135M shape",
