@@ -38,6 +38,7 @@ from halfbyte.models.static_decoder import (
     Choose,
     head_norms_of,
     projections_of,
+    token_dtype,
     weight_state,
     window_of,
 )
@@ -158,8 +159,7 @@ class ExpandedDecoder:
     def _logits(self, x_BD: torch.Tensor) -> torch.Tensor:
         norm = self.final_norm
         n_BD = functional.rms_norm(x_BD, x_BD.shape[1:], norm.weight.float(), norm.variance_epsilon)
-        dtype = getattr(self.embed, "compute_dtype", self.embed.weight.dtype)
-        logits_BV: torch.Tensor = self.head(n_BD.to(dtype))
+        logits_BV: torch.Tensor = self.head(n_BD.to(token_dtype(self.embed)))
         return logits_BV.float()
 
     def _forward(self, layer: _Layer, x_TD: torch.Tensor, row: int | None) -> torch.Tensor:

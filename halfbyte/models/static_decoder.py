@@ -41,6 +41,7 @@ from halfbyte.models.fused_layers import FusedLayer, iter_decoder_layers, why_no
 from halfbyte.nn.decode_group import DecodeGroup, kernel_fits, multiply_group
 from halfbyte.nn.linear import Linear4bit
 from halfbyte.nn.lora import LoraLinear
+from halfbyte.nn.saved_module import SavedModule
 from halfbyte.ops.decode_attention import Angles, HeadNorms, HeadOptions, decode_attention
 from halfbyte.ops.decode_inner import gated_inner, normed_inner, plain_inner
 from halfbyte.ops.matvec_4bit import DTYPES, MAX_TOKENS
@@ -80,7 +81,7 @@ def why_not_static(model: PreTrainedModel, num_prompts: int) -> str | None:
     if not all(isinstance(layer, FusedLayer) and why_not_fused(layer) is None for layer in layers):
         return "its layers are not fused"
     embedding: Any = model.get_input_embeddings()
-    device, dtype = embedding.weight.device, embedding.weight.dtype
+    device, dtype = embedding.weight.device, token_dtype(embedding)
     if model.training or torch.is_autocast_enabled(device.type) or dtype not in DTYPES:
         return "it is in train mode or under autocast, or computes in an unusual dtype"
     if any(p.device != device for p in model.parameters()):
@@ -102,8 +103,14 @@ def cache_nbytes(model: PreTrainedModel, num_prompts: int, num_tokens: int) -> i
     """Return the bytes of the cache for so many tokens a prompt."""
     decoder: Any = model.model
     width = sum(layer.self_attn.k_proj.out_features for layer in decoder.layers)
-    itemsize: int = decoder.embed_tokens.weight.itemsize
-    return 2 * width * num_prompts * round_capacity(num_tokens) * itemsize
+    return 2 * width * num_prompts * round_capacity(num_tokens) * token_dtype(decoder.embed_tokens).itemsize
+
+
+def token_dtype(embedding: Any) -> torch.dtype:
+    """Return the dtype of what an embedding returns, which need not be that of its weight."""
+    original = embedding.original if isinstance(embedding, SavedModule) else embedding
+    dtype: torch.dtype = getattr(original, "compute_dtype", original.weight.dtype)
+    return dtype
 
 
 def round_capacity(num_tokens: int) -> int:
@@ -154,13 +161,13 @@ class StaticDecoder:
         decoder: Any = model.model
         self.embed, self.final_norm, self.head = decoder.embed_tokens, decoder.norm, model.lm_head
         weight = self.embed.weight
-        self.device, self.dtype, self.backend, self.greedy = weight.device, weight.dtype, backend, greedy
+        self.device, self.dtype, self.backend, self.greedy = weight.device, token_dtype(self.embed), backend, greedy
         self.overlap = (OVERLAP if overlap is None else overlap) and can_overlap(self.device)
         self.num_prompts, self.capacity = num_prompts, round_capacity(num_tokens)
         self.weight_state = weight_state(model)
         # Of the first argument the library reads dtype and device.
         positions_1C = torch.arange(self.capacity, device=self.device)[None]
-        cos_1CH, sin_1CH = decoder.rotary_emb(weight[:1], positions_1C)
+        cos_1CH, sin_1CH = decoder.rotary_emb(weight[:1].to(self.dtype), positions_1C)
         self.angles = Angles(cos_CH=cos_1CH[0].contiguous(), sin_CH=sin_1CH[0].contiguous())
         layers = decoder.layers[: decoder.config.num_hidden_layers]
         self.layers = [self._prepare(layer) for layer in layers]

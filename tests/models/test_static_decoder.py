@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from halfbyte.models import generate
 from halfbyte.models.fused_layers import fuse_layers_
 from halfbyte.models.generate import GenerationOptions, choose_tokens, inference_state, iter_tokens
+from halfbyte.models.half_storage import HalfEmbedding
 from halfbyte.models.kept_decoders import borrow_decoder, keep_decoders
 from halfbyte.models.static_decoder import StaticDecoder, cache_nbytes, why_not_static
 from halfbyte.nn import adapters_disabled
@@ -288,3 +289,12 @@ def test_generation_on_a_gpu_gives_its_memory_back() -> None:
     for _ in range(3):
         run()
     assert torch.cuda.memory_allocated() == first
+
+
+def test_an_embedding_kept_in_other_bits_than_it_gives_is_decoded_in_what_it_gives() -> None:
+    model = make_fused("llama")
+    embedding = model.get_input_embeddings()
+    model.set_input_embeddings(HalfEmbedding.from_embedding(embedding.to(torch.bfloat16), torch.float32))
+    assert why_not_static(model, 1) is None
+    assert StaticDecoder(model, num_prompts=1, num_tokens=64, greedy=True).dtype == torch.float32
+    check_logits(model, PROMPTS[:1])
