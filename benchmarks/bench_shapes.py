@@ -2,7 +2,7 @@
 
 Grouped heads and a vocabulary of 128k (Llama-3-8B), biases (Qwen2.5-7B), norms of queries and keys (Qwen3-4B), a 1B
 and a small model, and Llama-7B with one long row and with many rows. Settings as in `bench_train`, dropout 0.05,
-activations by the trainer's own choice. On a GPU only.
+activations by the trainer's own choice, which is to keep them, and once put away in host memory. On a GPU only.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ SHAPES: dict[str, PreTrainedConfig] = {
     "SmolLM2-135M": LlamaConfig(**SMOLLM2_135M),
     "Llama-7B": LlamaConfig(**LLAMA_7B),
 }
-SIZES = {"Llama-7B": [(1, 8192), (16, 1024)]}
+SIZES: dict[str, list[tuple[int, int, str]]] = {
+    "Llama-7B": [(1, 8192, "auto"), (16, 1024, "auto"), (16, 1024, "offload")]
+}
 
 
 def rows(device: torch.device) -> Iterator[dict[str, object]]:
@@ -43,11 +45,11 @@ def rows(device: torch.device) -> Iterator[dict[str, object]]:
     if device.type != "cuda":
         return
     for name, config in SHAPES.items():
-        for (batch, seq), fused in itertools.product(SIZES.get(name, [(4, 1024)]), (True, False)):
+        for (batch, seq, kept), fused in itertools.product(SIZES.get(name, [(4, 1024, "auto")]), (True, False)):
             if not fused and name != "SmolLM2-135M":
                 continue
             model = build(config, device)
-            setting = Setting(batch=batch, seq=seq, steps=6, accumulation=2, checkpointing="auto", fused=fused)
+            setting = Setting(batch=batch, seq=seq, steps=6, accumulation=2, checkpointing=kept, fused=fused)
             yield {"model": f"{name} shape"} | measure_speed(model, setting)
             del model
             gc.collect()

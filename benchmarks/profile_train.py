@@ -1,6 +1,7 @@
 """Where the time of a training step on a GPU goes: kernels by class, beside what each class has to take at least.
 
     python -m benchmarks.profile_train --output profile.json --picture docs/h100_step.svg
+    python -m benchmarks.profile_train --fp8 --dropout 0.05 --kernels 40
 
 One micro-batch of Llama-7B's shape, 4 x 1024 tokens, through fused blocks, launched kernel by kernel under torch's
 profiler. Floors are from arithmetic: operations at PEAK_FLOPS, bytes at PEAK_BYTES, both as measured for large products
@@ -10,6 +11,7 @@ and copies on an H100; of attention what its kernel took alone. A kernel may bea
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,6 +38,8 @@ CLASSES = {
     "rotate": "rotation",
     "_adapter_inner": "adapters: inner products, casts",
     "_stack_adapters": "adapters: inner products, casts",
+    "_adapter_columns": "adapters: inner products, casts",
+    "_quantize_rows": "bringing activations to fp8",
     "cross_entropy": "loss",
 }
 OTHERS = "copies, sums and the rest"
@@ -105,11 +109,11 @@ def draw(rows: list[dict[str, object]], title: str) -> str:
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
-def profile_step(device: torch.device) -> list[tuple[str, float]]:
+def profile_step(device: torch.device, *, fp8: bool, dropout: float) -> list[tuple[str, float]]:
     """Return name and microseconds of every kernel of one micro-batch."""
     model = build_random_model(LLAMA_7B, device)
-    attach_adapters(model, LoraSpec(dropout=0.0, seed=0))
-    fuse_layers_(model)
+    attach_adapters(model, LoraSpec(dropout=dropout, seed=0))
+    fuse_layers_(model, fp8=fp8)
     loss_path = LossPath(model)
     model.train()
     ids = torch.randint(4, LLAMA_7B["vocab_size"], (ROWS, TOKENS), device=device)
@@ -130,12 +134,26 @@ def profile_step(device: torch.device) -> list[tuple[str, float]]:
     return [(e.name, e.device_time) for e in recorded.events() if e.device_type == torch.autograd.DeviceType.CUDA]
 
 
+def print_kernels(kernels: Iterable[tuple[str, float]], count: int) -> None:
+    """Print milliseconds, launches and microseconds a launch of the kernels that take longest together."""
+    times: dict[str, list[float]] = collections.defaultdict(list)
+    for name, microseconds in kernels:
+        times[name].append(microseconds)
+    for name, spent in sorted(times.items(), key=lambda item: -sum(item[1]))[:count]:
+        print(f"{sum(spent) / 1e3:8.2f} ms {len(spent):5} x {sum(spent) / len(spent):7.1f} us  {name[:100]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="where the rows go as JSON; default: stdout")
     parser.add_argument("--picture", type=Path, help="where an SVG goes")
+    parser.add_argument("--fp8", action="store_true", help="fp8 products of the frozen weights")
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--kernels", type=int, default=0, help="print so many kernels by name")
     options = parser.parse_args()
-    rows = classify(profile_step(torch.device("cuda")))
+    kernels = profile_step(torch.device("cuda"), fp8=options.fp8, dropout=options.dropout)
+    print_kernels(kernels, options.kernels)
+    rows = classify(kernels)
     total = sum(float(str(row["ms"])) for row in rows)
     title = f"{torch.cuda.get_device_name()}, Llama-7B shape, {ROWS} x {TOKENS} tokens: {total:.0f} ms of kernels"
     text = json.dumps({"title": title, "rows": rows}, indent=1) + "\n"

@@ -109,7 +109,9 @@ def cache_nbytes(model: PreTrainedModel, num_prompts: int, num_tokens: int) -> i
 def token_dtype(embedding: Any) -> torch.dtype:
     """Return the dtype of what an embedding returns, which need not be that of its weight."""
     original = embedding.original if isinstance(embedding, SavedModule) else embedding
-    dtype: torch.dtype = getattr(original, "compute_dtype", original.weight.dtype)
+    widened: torch.dtype | None = getattr(original, "compute_dtype", None)
+    own: Any = original.weight.dtype
+    dtype: torch.dtype = widened or own
     return dtype
 
 
