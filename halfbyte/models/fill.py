@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from halfbyte.models.build import kept_in_fp32
 from halfbyte.models.placement import Placement
 from halfbyte.models.staging import iter_on_device
+from halfbyte.models.streaming import SlabFiller
 from halfbyte.models.weights import LazyTensor
 from halfbyte.nn import Linear4bit
 from halfbyte.nn.convert import replace_module, workspace_of
@@ -36,28 +37,30 @@ class ModelFiller:
         spec: QuantSpec | None,
         targets: set[str],
         device: torch.device,
-        compute_dtype: torch.dtype,
-        keep_half: bool,
+        dtype: torch.dtype,
+        slabs: SlabFiller | None = None,
     ) -> None:
         """Prepare to fill a model.
 
         Args:
             model: On the meta device.
             spec: How to quantise.
-            targets: Paths of the linear layers to quantise.
+            targets: Paths of the linear layers that are to be in 4 bits, quantised here or by the checkpoint.
             device: Where to put everything.
-            compute_dtype: What products run in, and what unquantised weights are held in.
-            keep_half: Leave embedding and head in 16 bits also where products run in fp32.
+            dtype: What products run in, and what unquantised weights are held in; embedding and head of a model in 4
+                bits stay in 16 bits also where products run in fp32.
+            slabs: Takes the 4-bit weights of blocks that are to live in host memory.
         """
         self.model = model
         self.device = device
-        self.compute_dtype = compute_dtype
+        self.compute_dtype = dtype
         self._spec = spec
         self._targets = targets
+        self._slabs = slabs
         self._quantized: dict[str, QuantizedTensor] = {}
         self._missing = set(model.state_dict())
-        self._half_modules = _half_modules(model) if keep_half else set()
-        fp32_names = kept_in_fp32(model, compute_dtype)
+        self._half_modules = _half_modules(model) if targets else set()
+        fp32_names = kept_in_fp32(model, dtype)
         self._fp32 = re.compile(rf"(^|\.)({'|'.join(map(re.escape, fp32_names))})(\.|$)") if fp32_names else None
 
     def put(self, name: str, tensor: torch.Tensor, *, storage_dtype: torch.dtype) -> None:
@@ -66,7 +69,7 @@ class ModelFiller:
         self._missing.discard(name)
         if leaf == "weight" and path in self._targets:
             assert self._spec is not None
-            self._quantized[path] = quantize_4bit(tensor, self._spec)
+            self._keep_quantized(path, quantize_4bit(tensor, self._spec))
             return
         module = self.model.get_submodule(path)
         kept = self._kept(name, path, module, tensor, storage_dtype)
@@ -78,17 +81,27 @@ class ModelFiller:
     def put_quantized(self, name: str, q: QuantizedTensor) -> None:
         """Take a weight that the checkpoint holds in 4 bits."""
         self._missing.discard(name)
-        self._quantized[name.removesuffix(".weight")] = q
+        self._keep_quantized(name.removesuffix(".weight"), q)
 
     def missing(self) -> set[str]:
         """Return the parameters that nothing has filled, by name."""
         return set(self._missing)
 
-    def replace_linears_(self) -> None:
+    def finish_(self) -> None:
         """Replace each linear layer whose weight is in 4 bits."""
         for path, q in self._quantized.items():
             linear = cast(nn.Linear, self.model.get_submodule(path))
             replace_module(self.model, path, Linear4bit.from_quantized(q, linear.bias, workspace_of(self.model)))
+        if self._slabs is not None:
+            self._slabs.finish_(self.model)
+
+    def _keep_quantized(self, path: str, q: QuantizedTensor) -> None:
+        self._quantized[path] = q
+        if self._slabs is not None:
+            self._quantized |= self._slabs.take(path, q, siblings=self._count_targets)
+
+    def _count_targets(self, block: str) -> int:
+        return sum(target.startswith(f"{block}.") for target in self._targets)
 
     def _kept(
         self, name: str, path: str, module: nn.Module, tensor: torch.Tensor, storage_dtype: torch.dtype

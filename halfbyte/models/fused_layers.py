@@ -46,6 +46,8 @@ ATTENTION_PROJECTIONS, MLP_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj"
 QKV_OR_DOWN = "qkv_or_down"
 CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 SILU = {"silu", "swish"}
+# The attribute of a layer whose frozen weights live in host memory, see `halfbyte.models.streaming`.
+STREAMED = "halfbyte_streamed"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -294,6 +296,7 @@ def _build_parts(layer: Any, binding: _Binding) -> BlockParts:
         workspace=binding.workspace,
         offload=binding.offload,
         sums=binding.sums,
+        streamed=getattr(layer, STREAMED, None),
     )
 
 

@@ -32,6 +32,7 @@ from halfbyte.models.half_storage import HalfEmbedding, HalfHead
 from halfbyte.models.placement import Placement, make_placements
 from halfbyte.models.report import LoadReport, make_load_report
 from halfbyte.models.source import ModelSource, resolve_source
+from halfbyte.models.streaming import SlabFiller
 from halfbyte.models.weights import iter_weights
 from halfbyte.nn.convert import workspace_of
 from halfbyte.quant import QuantSpec
@@ -67,6 +68,7 @@ def load_model(
     allow_16bit_experts: bool = False,
     attn_implementation: str | None = None,
     revision: str | None = None,
+    streamed_blocks: int = 0,
 ) -> LoadedModel:
     """Load a causal language model.
 
@@ -79,6 +81,7 @@ def load_model(
         allow_16bit_experts: Accept large stacked expert tensors, which cannot be quantised.
         attn_implementation: transformers' name of an attention implementation, or "halfbyte" for ours.
         revision: Branch, tag or commit of a hub id.
+        streamed_blocks: How many decoder blocks' 4-bit weights live in host memory and visit the device.
 
     Raises:
         ConfigError: Nothing is at `source`, or an option cannot be honoured.
@@ -93,27 +96,21 @@ def load_model(
     model = build_meta_model(config, dtype=computing.dtype, attn_implementation=attn_implementation)
     placements = make_placements(model, [tensor for _, tensor in iter_weights(source)])
     notes = [computing.note] if computing.note else []
+    stored_in_4bit = {p.target.removesuffix(".weight") for p in placements if p.is_quantized}
     if quant is not None:
         check_quantizable(model, placements, allow_16bit_experts=allow_16bit_experts)
-        if any(placement.is_quantized for placement in placements):
+        if stored_in_4bit:
             notes.append("weights stored in 4 bits are taken as they are; quant options do not apply to them")
-    is_stored_in_4bit = any(placement.is_quantized for placement in placements)
-    filler = ModelFiller(
-        model,
-        spec=quant,
-        targets=set() if quant is None or is_stored_in_4bit else quantizable_layers(model, config),
-        device=target_device,
-        compute_dtype=computing.dtype,
-        keep_half=quant is not None or is_stored_in_4bit,
-    )
+    targets = stored_in_4bit or (quantizable_layers(model, config) if quant is not None else set())
+    slabs = _make_slabs(model, streamed_blocks, target_device, has_targets=bool(targets))
+    if slabs is not None:
+        notes.append(f"weights of {streamed_blocks} decoder blocks live in host memory and visit {target_device}")
+    filler = ModelFiller(model, spec=quant, targets=targets, device=target_device, dtype=computing.dtype, slabs=slabs)
     fill_(filler, placements, on_progress=on_progress)
     _finish_(model, filler, source, target_device)
+    seconds = time.perf_counter() - started
     report = make_load_report(
-        model,
-        seconds=time.perf_counter() - started,
-        device=target_device,
-        compute_dtype=computing.dtype,
-        notes=tuple(notes),
+        model, seconds=seconds, device=target_device, compute_dtype=computing.dtype, notes=tuple(notes)
     )
     return LoadedModel(model=model, source=source, report=report)
 
@@ -161,8 +158,18 @@ def check_quantizable(model: PreTrainedModel, placements: list[Placement], *, al
         )
 
 
+def _make_slabs(
+    model: PreTrainedModel, streamed_blocks: int, device: torch.device, *, has_targets: bool
+) -> SlabFiller | None:
+    if not streamed_blocks:
+        return None
+    if not has_targets:
+        raise ConfigError("memory.streamed_blocks needs weights in 4 bits; set quant.enabled=true")
+    return SlabFiller(model, count=streamed_blocks, device=device)
+
+
 def _finish_(model: PreTrainedModel, filler: ModelFiller, source: ModelSource, device: torch.device) -> None:
-    filler.replace_linears_()
+    filler.finish_()
     workspace_of(model)
     model.tie_weights(missing_keys=filler.missing(), recompute_mapping=False)
     init_computed_buffers_(model, device)

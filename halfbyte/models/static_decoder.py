@@ -38,6 +38,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from halfbyte.models.fused_layers import FusedLayer, iter_decoder_layers, why_not_fused
+from halfbyte.models.streaming import is_streamed
 from halfbyte.nn.decode_group import DecodeGroup, kernel_fits, multiply_group
 from halfbyte.nn.linear import Linear4bit
 from halfbyte.nn.lora import LoraLinear
@@ -84,6 +85,8 @@ def why_not_static(model: PreTrainedModel, num_prompts: int) -> str | None:
     device, dtype = embedding.weight.device, token_dtype(embedding)
     if model.training or torch.is_autocast_enabled(device.type) or dtype not in DTYPES:
         return "it is in train mode or under autocast, or computes in an unusual dtype"
+    if is_streamed(model):
+        return "weights of it live in host memory"
     if any(p.device != device for p in model.parameters()):
         return "it lies on several devices"
     decoder: Any = model.model

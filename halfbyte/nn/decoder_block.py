@@ -91,6 +91,7 @@ def decoder_block(
             for group in parts.groups
         ),
     )
+    parts.arrive(backward=False)
     parameters = parts.parameters
     if torch.is_grad_enabled() and (x_BLD.requires_grad or any(p.requires_grad for p in parameters)):
         y_TD = _DecoderBlock.apply(x_TD, call, *parameters)
@@ -127,6 +128,7 @@ class _DecoderBlock(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y_TD: torch.Tensor) -> tuple[Any, ...]:
         call, saved, parameters = ctx.call, ctx.saved_tensors, ctx.call.parts.parameters
+        call.parts.arrive(backward=True)
         for group in call.parts.groups:
             group.forget_weight()
         # None by policy, or because this is not the first backward of a graph that was retained.

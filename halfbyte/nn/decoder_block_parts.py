@@ -14,6 +14,7 @@ from torch import nn
 
 from halfbyte.memory.activation_offload import ActivationOffload
 from halfbyte.nn.projection_group import ProjectionGroup
+from halfbyte.nn.streamed_block import StreamedBlock
 from halfbyte.ops.block_dropout import BlockDropout
 from halfbyte.ops.workspace import Workspace
 
@@ -82,6 +83,13 @@ class BlockParts:
     offload: ActivationOffload
     sums: GradientSums
     """These three belong to the model."""
+    streamed: StreamedBlock | None = None
+    """The frozen weights, where they live in host memory."""
+
+    def arrive(self, *, backward: bool) -> None:
+        """Have the frozen weights on the device for what is launched next."""
+        if self.streamed is not None:
+            self.streamed.arrive(backward=backward)
 
     @property
     def groups(self) -> tuple[ProjectionGroup, ...]:

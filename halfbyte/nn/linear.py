@@ -3,6 +3,9 @@
 The tensors of the weight are buffers: `.to(device)` moves them, and no `.half()`, `.float()` or `.to(dtype)` touches
 them, for a scale in another dtype would be another weight. The bias is a frozen parameter like any other. The state
 dict has bitsandbytes' keys, so that a checkpoint of ours loads in plain transformers.
+
+A weight may live in host memory while the layer multiplies on a device, see `halfbyte.nn.streamed_block`. Then
+`.to(device)` leaves it where it lives.
 """
 
 from __future__ import annotations
@@ -37,6 +40,9 @@ class Linear4bit(nn.Module):
         self.out_features, self.in_features = q.shape
         self.workspace = workspace
         self.expanded: ExpandedWeight | None = None
+        self.visitor: QuantizedTensor | None = None
+        """A copy of the weight on the device, if it lives elsewhere and is there at the moment."""
+        self._streamed_to: torch.device | None = None
         for name in TENSOR_NAMES:
             self.register_buffer(name, None)
         self._set_quantized(q)
@@ -54,7 +60,27 @@ class Linear4bit(nn.Module):
 
     @property
     def quantized(self) -> QuantizedTensor:
-        """The weight in 4 bits; its tensors are this layer's buffers, not copies."""
+        """The weight in 4 bits: this layer's buffers or, if they live on the host, their copy that is on the device."""
+        return self.visitor or self.home
+
+    @property
+    def compute_device(self) -> torch.device:
+        """Where the layer multiplies."""
+        return self._streamed_to or self.packed.device
+
+    @property
+    def lives_on_host(self) -> bool:
+        """Whether the weight is in host memory while the layer multiplies on a device."""
+        return self._streamed_to is not None
+
+    def live_on_host(self, q: QuantizedTensor, device: torch.device) -> None:
+        """Take the same weight in other memory, and multiply on `device`."""
+        self._set_quantized(q)
+        self._streamed_to = device
+
+    @property
+    def home(self) -> QuantizedTensor:
+        """The weight where it lives, which stays valid for a backward to come."""
         return QuantizedTensor(
             packed=self.packed,
             absmax=self.absmax,
@@ -69,12 +95,12 @@ class Linear4bit(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The weight expanded into a new tensor of its original dtype: right for whoever reads it, and not cheap."""
-        return dequantize_4bit(self.quantized, workspace=self.workspace)
+        return dequantize_4bit(self.quantized.to(self.compute_device), workspace=self.workspace)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.expanded is not None and self.expanded.is_usable(x):
             return self.expanded.multiply(x, with_adapter=False)
-        return linear_4bit(x, self.quantized, self.bias, workspace=self.workspace)
+        return linear_4bit(x, self.home, self.bias, workspace=self.workspace)
 
     @torch.no_grad()
     def expand(self, dtype: torch.dtype) -> ExpandedWeight:
@@ -97,6 +123,9 @@ class Linear4bit(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Linear4bit:
         before = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
         super()._apply(fn, recurse)
+        if self.lives_on_host:
+            self._buffers.update(before)
+            return self
         for name, tensor in before.items():
             after = self._buffers[name]
             if after is not None and after.dtype != tensor.dtype:

@@ -44,7 +44,7 @@ class LoraLinear(nn.Module):
         self.expanded: ExpandedWeight | None = None
         self._options = LoraOptions(scaling=self.scaling)
         self._training_options = LoraOptions(scaling=self.scaling, dropout=dropout)
-        device = base.packed.device if isinstance(base, Linear4bit) else base.weight.device
+        device = base.compute_device if isinstance(base, Linear4bit) else base.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.empty(base.out_features, rank, dtype=torch.float32, device=device))
         self.reset_adapter()
@@ -110,7 +110,7 @@ class LoraLinear(nn.Module):
             return self.expanded.multiply(x, with_adapter=self.adapter_enabled)
         if not self.adapter_enabled:
             return self.base(x)
-        weight = self.base.quantized if isinstance(self.base, Linear4bit) else self.base.weight
+        weight = self.base.home if isinstance(self.base, Linear4bit) else self.base.weight
         options = self._training_options if self.training else self._options
         return lora_linear(
             x, weight, self.base.bias, self.lora_A, self.lora_B, options=options, workspace=self.workspace

@@ -379,9 +379,9 @@ class ProjectionGroup:
 
     @property
     def device(self) -> torch.device:
-        """Where the frozen weights are."""
+        """Where products run."""
         base = _base_of(self.layers[0])
-        return base.packed.device if isinstance(base, Linear4bit) else base.weight.device
+        return base.compute_device if isinstance(base, Linear4bit) else base.weight.device
 
 
 def _base_of(layer: Projection) -> Linear4bit | nn.Linear:

@@ -8,6 +8,9 @@ expansion a step (about 2% of a product over 2048 tokens) and saves holding the 
 point of QLoRA (Dettmers et al., arXiv 2305.14314, section 3).
 
 A plain weight that is stored in another dtype than the product's is cast into the same buffer.
+
+A weight that lives on another device than the product (in host memory, that is) is copied there first, for as long as
+it takes to expand it.
 """
 
 from __future__ import annotations
@@ -23,7 +26,12 @@ WEIGHT_BUFFER = "expanded_weight"
 
 
 def expand_weight(
-    weight: FrozenWeight, *, dtype: torch.dtype, workspace: Workspace, spare_columns: int = 0
+    weight: FrozenWeight,
+    *,
+    dtype: torch.dtype,
+    workspace: Workspace,
+    device: torch.device | None = None,
+    spare_columns: int = 0,
 ) -> torch.Tensor:
     """Return a frozen weight in the compute dtype.
 
@@ -31,14 +39,17 @@ def expand_weight(
         weight: (out_features, in_features), in 4 bits or plain.
         dtype: The compute dtype.
         workspace: Owns the buffer that is written to unless the weight is plain, of that dtype, and alone.
+        device: Where the product runs; None is where the weight is.
         spare_columns: Room beside the weight, for the caller to fill.
 
     Returns:
         A tensor to use before the next expansion in the same workspace, and not to keep.
     """
+    device = device or weight.device
+    if weight.device != device:
+        weight = weight.to(device, non_blocking=True)
     if spare_columns:
         shape = (weight.shape[0], weight.shape[1] + spare_columns)
-        device = weight.device
         wide_FE = workspace.take(WEIGHT_BUFFER, shape, dtype=dtype, device=device)
         target_FD = wide_FE[:, : weight.shape[1]]
         if isinstance(weight, torch.Tensor):
@@ -49,7 +60,7 @@ def expand_weight(
     if isinstance(weight, torch.Tensor):
         if weight.dtype == dtype:
             return weight.detach()
-        buffer = workspace.take(WEIGHT_BUFFER, tuple(weight.shape), dtype=dtype, device=weight.device)
+        buffer = workspace.take(WEIGHT_BUFFER, tuple(weight.shape), dtype=dtype, device=device)
         return buffer.copy_(weight.detach())
-    buffer = workspace.take(WEIGHT_BUFFER, weight.shape, dtype=dtype, device=weight.device)
+    buffer = workspace.take(WEIGHT_BUFFER, weight.shape, dtype=dtype, device=device)
     return dequantize_4bit(weight, out=buffer, workspace=workspace)

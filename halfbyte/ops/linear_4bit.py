@@ -48,7 +48,7 @@ def linear_4bit(
     x_TD = x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         y_TF = _Linear4bit.apply(x_TD, bias, q, workspace)
-    elif x_TD.is_cuda and fits(x_TD, q):
+    elif x_TD.is_cuda and q.device == x_TD.device and fits(x_TD, q):
         y_TF = matvec_4bit(x_TD, q, bias)
     else:
         y_TF = _product(x_TD, bias, q, workspace)
@@ -75,7 +75,7 @@ class _Linear4bit(torch.autograd.Function):
     def backward(ctx: Any, grad_y_TF: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         grad_x_TD = grad_bias = None
         if ctx.needs_input_grad[0]:
-            weight_FD = expand_weight(ctx.q, dtype=grad_y_TF.dtype, workspace=ctx.workspace)
+            weight_FD = expand_weight(ctx.q, dtype=grad_y_TF.dtype, workspace=ctx.workspace, device=grad_y_TF.device)
             grad_x_TD = grad_y_TF @ weight_FD
         if ctx.needs_input_grad[1]:
             grad_bias = grad_y_TF.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
@@ -83,5 +83,5 @@ class _Linear4bit(torch.autograd.Function):
 
 
 def _product(x_TD: torch.Tensor, bias: torch.Tensor | None, q: QuantizedTensor, workspace: Workspace) -> torch.Tensor:
-    weight_FD = expand_weight(q, dtype=x_TD.dtype, workspace=workspace)
+    weight_FD = expand_weight(q, dtype=x_TD.dtype, workspace=workspace, device=x_TD.device)
     return torch.nn.functional.linear(x_TD, weight_FD, None if bias is None else bias.to(x_TD.dtype))

@@ -91,7 +91,7 @@ def lora_linear(
     trained = (t for t in (x, lora_A, lora_B, bias) if t is not None and t.requires_grad)
     if torch.is_grad_enabled() and any(True for _ in trained):
         y_TF = _LoraLinear.apply(x_TD, lora_A, lora_B, bias, frozen)
-    elif x_TD.is_cuda and isinstance(weight, QuantizedTensor) and fits(x_TD, weight):
+    elif isinstance(weight, QuantizedTensor) and weight.device == x_TD.device and x_TD.is_cuda and fits(x_TD, weight):
         u_TR = frozen.drop(x_TD, frozen.draw(x_TD)) @ lora_A.to(x_TD.dtype).T
         adapter_TF = (u_TR.to(lora_B.dtype) * frozen.factor) @ lora_B.T
         y_TF = matvec_4bit(x_TD, weight, bias, add=adapter_TF)
@@ -134,8 +134,8 @@ class _Frozen:
         """s / (1 - p)."""
         return self.options.scaling / (1 - self.options.dropout)
 
-    def expand(self, dtype: torch.dtype) -> torch.Tensor:
-        return expand_weight(self.weight, dtype=dtype, workspace=self.workspace)
+    def expand(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return expand_weight(self.weight, dtype=dtype, workspace=self.workspace, device=device)
 
     def draw(self, x_TD: torch.Tensor) -> torch.Tensor | None:
         return draw_dropout(x_TD, probability=self.options.dropout) if self.options.dropout else None
@@ -162,7 +162,7 @@ class _Frozen:
         if rides(x_TD):
             return self.riding_product(x_TD, u_TR, lora_B, bias), u_TR
         y_TF = u_TR @ (lora_B * self.factor).to(dtype).T
-        y_TF.addmm_(x_TD, self.expand(dtype).T)
+        y_TF.addmm_(x_TD, self.expand(dtype, x_TD.device).T)
         return y_TF if bias is None else y_TF.add_(bias.to(dtype)), u_TR
 
     def riding_product(
@@ -173,7 +173,9 @@ class _Frozen:
         spare = -(-rank // SPARE_MULTIPLE) * SPARE_MULTIPLE
         shape = (num_tokens, width + spare)
         x_TE = self.workspace.take("lora_input", shape, dtype=dtype, device=x_TD.device)
-        weight_FE = expand_weight(self.weight, dtype=dtype, workspace=self.workspace, spare_columns=spare)
+        weight_FE = expand_weight(
+            self.weight, dtype=dtype, workspace=self.workspace, device=x_TD.device, spare_columns=spare
+        )
         for buffer, left, right in ((x_TE, x_TD, u_TR), (weight_FE, None, lora_B * self.factor)):
             if left is not None:
                 buffer[:, :width] = left
@@ -189,9 +191,10 @@ class _Frozen:
         small_TD = grad_u_TR @ (lora_A * self.factor).to(dtype)
         if dropped is not None:
             drop_(small_TD, dropped)
+        weight_FD = self.expand(dtype, grad_y_TF.device)
         if rides(grad_y_TF):
-            return torch.mm(grad_y_TF, self.expand(dtype), out_dtype=torch.float32).add_(small_TD).to(dtype)
-        return small_TD.addmm_(grad_y_TF, self.expand(dtype))
+            return torch.mm(grad_y_TF, weight_FD, out_dtype=torch.float32).add_(small_TD).to(dtype)
+        return small_TD.addmm_(grad_y_TF, weight_FD)
 
 
 def rides(x: torch.Tensor) -> bool:

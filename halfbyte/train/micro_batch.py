@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from halfbyte.models.attention import PACKED_ATTENTION, DocumentLayout, has_varlen_attention
 from halfbyte.models.fused_layers import dropout_seeds_of, gradient_sums_of, iter_fused_layers, offload_of
 from halfbyte.models.packed_inputs import compute_dtype_of
+from halfbyte.models.streaming import streamer_of
 from halfbyte.nn import iter_trainable
 from halfbyte.nn.convert import workspace_of
 from halfbyte.ops.cross_entropy import IGNORED_LABEL
@@ -81,6 +82,7 @@ class MicroBatches:
         self.parameters = [parameter for _, parameter in iter_trainable(model)]
         self.seeds = dropout_seeds_of(model) if is_fused and on_gpu else None
         self.offload = offload_of(model) if is_fused else None
+        self.streamer = streamer_of(model)
         self._base = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._num_items = torch.ones((), device=self.device)
         self._gradients: list[torch.Tensor] = []
@@ -151,6 +153,9 @@ class MicroBatches:
             if isinstance(target, torch.Tensor):
                 target.copy_(padded[name].pin_memory(), non_blocking=True)
         recorded.graph.replay()
+        if self.streamer is not None:
+            # The graph has filled the slots, and tells nobody with what.
+            self.streamer.forget()
         return recorded.loss.clone()
 
     def _forget_what_has_moved(self) -> None:
@@ -190,6 +195,8 @@ class MicroBatches:
         sums = gradient_sums_of(self.model)
         # A capture cannot wait for what was not captured: copies of an earlier pass that nobody has waited for.
         self.offload.join()
+        if self.streamer is not None:
+            self.streamer.forget()
         sums.targets = dict(zip(self.parameters, self._gradients, strict=True))
         try:
             with torch.cuda.graph(graph, pool=pool):
@@ -201,6 +208,8 @@ class MicroBatches:
                     torch._foreach_add_([sum_ for sum_, _ in pairs], [g for _, g in pairs])
                 # A capture ends with one stream: whatever the copy stream still does is waited for.
                 self.offload.join()
+                if self.streamer is not None:
+                    self.streamer.forget()
         finally:
             sums.targets = {}
         del gradients, pairs

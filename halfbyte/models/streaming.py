@@ -1,0 +1,144 @@
+"""Models whose frozen weights live in host memory, all of them or those of some decoder blocks.
+
+A block's weights go to its slab in host memory as soon as its last one is there, so that a checkpoint of any size is
+loaded through the memory of one block. Fused blocks then have them brought to the device ahead of their use; the path
+for any architecture fetches each weight when it is expanded, which costs the link's time.
+
+Which blocks: spread over the model, so that those that stay give the link time for those that come.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from halfbyte.errors import ConfigError
+from halfbyte.memory.block_streamer import DEFAULT_SLOTS, BlockStreamer
+from halfbyte.memory.weight_slab import WeightSlab, allocate_pinned, slab_bytes
+from halfbyte.models.fused_layers import STREAMED, FusedLayer, iter_decoder_layers
+from halfbyte.nn.linear import Linear4bit
+from halfbyte.nn.streamed_block import StreamedBlock, quantized_layers
+from halfbyte.quant import QuantizedTensor
+
+STREAMER_ATTRIBUTE = "halfbyte_streamer"
+
+
+class SlabFiller:
+    """Takes the 4-bit weights of a model that is being loaded, and puts those of some blocks into slabs.
+
+    Args:
+        model: On the meta device.
+        count: How many blocks are to live in host memory.
+        device: Where they compute.
+        num_slots: See `BlockStreamer`.
+
+    Raises:
+        ConfigError: The model has fewer blocks, or none that are known.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, count: int, device: torch.device, num_slots: int = DEFAULT_SLOTS
+    ) -> None:
+        self.device, self.num_slots = device, num_slots
+        blocks = _named_blocks(model)
+        if count > len(blocks):
+            raise ConfigError(
+                f"memory.streamed_blocks is {count}, but {type(model).__name__} has {len(blocks)} decoder blocks"
+            )
+        chosen = spread(count, len(blocks))
+        self._paths = [path for index, path in enumerate(blocks) if index in chosen]
+        self._waiting: dict[str, dict[str, QuantizedTensor]] = collections.defaultdict(dict)
+        self._slabs: dict[str, WeightSlab] = {}
+
+    def take(self, path: str, q: QuantizedTensor, *, siblings: Callable[[str], int]) -> dict[str, QuantizedTensor]:
+        """Take one more weight.
+
+        Args:
+            path: Of its layer.
+            q: The weight.
+            siblings: Gives the number of 4-bit layers under a block's path.
+
+        Returns:
+            What lives elsewhere from now on, by path: all weights of a block, when this was the last of them.
+        """
+        block = next((one for one in self._paths if path.startswith(f"{one}.")), None)
+        if block is None:
+            return {}
+        waiting = self._waiting[block]
+        waiting[path.removeprefix(f"{block}.")] = q
+        if len(waiting) < siblings(block):
+            return {}
+        self._slabs[block] = slab = make_slab(self._waiting.pop(block), self.device)
+        return {f"{block}.{name}": weight for name, weight in slab.weights.items()}
+
+    def finish_(self, model: PreTrainedModel) -> None:
+        """Give the loaded model its streamer."""
+        streamer = BlockStreamer(self.device, num_slots=self.num_slots)
+        for path in self._paths:
+            _settle_(model.get_submodule(path), self._slabs[path], streamer)
+        setattr(model, STREAMER_ATTRIBUTE, streamer)
+
+
+def stream_blocks_(
+    model: PreTrainedModel, count: int, *, device: torch.device, num_slots: int = DEFAULT_SLOTS
+) -> BlockStreamer:
+    """Move the frozen 4-bit weights of some decoder blocks into host memory; the model stays usable as it is.
+
+    Args:
+        model: Loaded, with or without adapters and fused blocks. Changed in place.
+        count: How many blocks, spread over the model.
+        device: Where they compute.
+        num_slots: See `BlockStreamer`.
+
+    Raises:
+        ConfigError: The model has fewer blocks, or none that are known.
+    """
+    blocks = list(iter_decoder_layers(model))
+    if count > len(blocks):
+        raise ConfigError(f"{count} blocks are to live in host memory, but {type(model).__name__} has {len(blocks)}")
+    streamer = BlockStreamer(device, num_slots=num_slots)
+    for index in sorted(spread(count, len(blocks))):
+        _settle_(blocks[index], make_slab(quantized_layers(blocks[index]), device), streamer)
+    setattr(model, STREAMER_ATTRIBUTE, streamer)
+    return streamer
+
+
+def streamer_of(model: nn.Module) -> BlockStreamer | None:
+    """Return what brings the weights of a model to its device, if they live elsewhere."""
+    streamer: BlockStreamer | None = getattr(model, STREAMER_ATTRIBUTE, None)
+    return streamer
+
+
+def is_streamed(model: nn.Module) -> bool:
+    """Say whether weights of a model live elsewhere than where they are used."""
+    return any(isinstance(module, Linear4bit) and module.lives_on_host for module in model.modules())
+
+
+def make_slab(weights: Mapping[str, QuantizedTensor], device: torch.device) -> WeightSlab:
+    """Put the weights of a block into host memory from which `device` can be fed."""
+    num_bytes = slab_bytes(weights)
+    on_gpu = device.type == "cuda"
+    memory = allocate_pinned(num_bytes) if on_gpu else torch.empty(num_bytes, dtype=torch.uint8)
+    return WeightSlab(weights, memory)
+
+
+def spread(count: int, total: int) -> set[int]:
+    """Return `count` of `total` places, as evenly as it goes."""
+    return {index * total // count for index in range(count)}
+
+
+def _named_blocks(model: PreTrainedModel) -> list[str]:
+    blocks = set(iter_decoder_layers(model))
+    return [path for path, module in model.named_modules() if module in blocks]
+
+
+def _settle_(block: nn.Module, slab: WeightSlab, streamer: BlockStreamer) -> None:
+    # Not a submodule, nor part of the state dict.
+    object.__setattr__(block, STREAMED, StreamedBlock(block, slab, streamer))
+    if isinstance(block, FusedLayer):
+        # So that its parts are made anew.
+        block.halfbyte_binding.modules = ()
