@@ -1,7 +1,7 @@
 """Decoding at batch 1: the base in 4 bits, with its adapter unmerged, and transformers' own generate() beside it.
 
     python -m benchmarks.bench_generate --profile trace.json          (a GPU: where a step's time goes)
-    python -m benchmarks.bench_generate --profile trace.json --eager  (the same without a graph; or with --overlap)
+    python -m benchmarks.bench_generate --profile trace.json --eager  (the same without a graph; --overlap, --no-overlap)
 
 A random model of SmolLM2-135M's shape on a CPU, of Llama-7B's on a GPU; a prompt of 64 tokens, then so many new ones
 without stopping. `tokens_per_s` counts one prompt's tokens: it is the median of the steps after the first two, of
@@ -94,7 +94,7 @@ def generate(model: PreTrainedModel, prompt: list[int], device: torch.device) ->
 
 
 @torch.no_grad()
-def profile_steps(model: PreTrainedModel, num_prompts: int, *, graph: bool, overlap: bool, trace: Path) -> None:
+def profile_steps(model: PreTrainedModel, num_prompts: int, *, graph: bool, overlap: bool | None, trace: Path) -> None:
     """Print what the kernels of a step take, longest first, and write a trace for chrome://tracing."""
     ids = torch.arange(4, 4 + PROMPT_TOKENS, device="cuda").expand(num_prompts, -1)
     with inference_state(model):
@@ -129,7 +129,7 @@ def main() -> int:
     parser.add_argument("--profile", type=Path, required=True, help="where the trace goes")
     parser.add_argument("--prompts", type=int, default=1)
     parser.add_argument("--eager", action="store_true", help="without a graph")
-    parser.add_argument("--overlap", action="store_true", help="let kernels overlap")
+    parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, help="let kernels overlap, or not")
     parser.add_argument("--base", action="store_true", help="without the adapter")
     options = parser.parse_args()
     model = build_model(torch.device("cuda"))

@@ -68,7 +68,7 @@ def measure(case: Case, device: torch.device) -> dict[str, object]:
     gc.collect()
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(case.cap_gib * 2**30 / total, device)
+    torch.cuda.set_per_process_memory_fraction(case.cap_gib * 2**30 / total)
     started = time.perf_counter()
     model = build_random_4bit(MODELS[case.model], device, streamed_blocks=case.streamed_blocks)
     build_s = time.perf_counter() - started
@@ -90,7 +90,7 @@ def measure(case: Case, device: torch.device) -> dict[str, object]:
             "peak_rss_GiB": round(peak_resident_bytes() / 2**30, 1),
         }
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def main() -> None:
