@@ -1,7 +1,7 @@
 """Decoding at batch 1: the base in 4 bits, with its adapter unmerged, and transformers' own generate() beside it.
 
     python -m benchmarks.bench_generate --profile trace.json          (a GPU: where a step's time goes)
-    python -m benchmarks.bench_generate --profile trace.json --eager  (the same without a graph; --overlap, --no-overlap)
+    python -m benchmarks.bench_generate --profile trace.json --eager  (without a graph; or --overlap, --no-overlap)
 
 A random model of SmolLM2-135M's shape on a CPU, of Llama-7B's on a GPU; a prompt of 64 tokens, then so many new ones
 without stopping. `tokens_per_s` counts one prompt's tokens: it is the median of the steps after the first two, of

@@ -15,6 +15,7 @@ from halfbyte.export.base_rows import iter_base_rows
 from halfbyte.export.rounding import generator_for, round_fairly
 from halfbyte.models import PreTrainedModel
 from halfbyte.models.half_storage import HalfEmbedding, HalfHead
+from halfbyte.models.host_embedding import HostEmbedding
 from halfbyte.nn import Linear4bit, LoraLinear, SavedModule
 from halfbyte.nn.convert import replace_module
 from halfbyte.ops import dequantize_4bit
@@ -48,7 +49,7 @@ def merge_in_place(model: PreTrainedModel, *, dtype: torch.dtype | None = None) 
 
 def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield path and module of what is ours, wrappers without what is inside them."""
-    ours = (LoraLinear, SavedModule, Linear4bit, HalfEmbedding, HalfHead)
+    ours = (LoraLinear, SavedModule, Linear4bit, HalfEmbedding, HostEmbedding, HalfHead)
     inside: list[str] = []
     for path, module in model.named_modules():
         if isinstance(module, ours) and not any(path.startswith(f"{outer}.") for outer in inside):
@@ -60,9 +61,11 @@ def _plain(path: str, module: nn.Module, dtype: torch.dtype) -> nn.Module:
     if isinstance(module, SavedModule):
         trained = module.trained
         return _plain(path, trained, dtype) if isinstance(trained, (HalfEmbedding, HalfHead)) else trained.to(dtype)
-    if isinstance(module, HalfEmbedding):
+    if isinstance(module, (HalfEmbedding, HostEmbedding)):
         embedding = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
         embedding.weight = module.weight
+        if isinstance(module, HostEmbedding):
+            embedding.weight = nn.Parameter(module.weight.to(module.compute_device), requires_grad=False)
         return embedding
     if isinstance(module, HalfHead):
         plain = _linear(module.weight, module.bias)

@@ -22,6 +22,7 @@ from halfbyte.errors import ConfigError
 from halfbyte.hf.base_model import AutoModelForCausalLM
 from halfbyte.hf.peft_model import LoraConfig, PeftModel, as_lora_config, get_peft_model
 from halfbyte.hf.said import refuse_unless_default, say
+from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.train import HalfbyteArguments, HalfbyteTrainer, TrainerOptions
 
 TrainingArguments = HalfbyteArguments
@@ -115,7 +116,7 @@ class SFTTrainer(HalfbyteTrainer):
         self.peft_model = _with_adapters(model, peft_config)
         inner = self.peft_model.get_base_model()
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(inner.config._name_or_path)
-        if inner.device.type == "cpu" and not arguments.use_cpu and torch.cuda.is_available():
+        if compute_device_of(inner).type == "cpu" and not arguments.use_cpu and torch.cuda.is_available():
             arguments.use_cpu = True
         build = _ExampleBuilder(tokenizer, self.sft, formatting_func)
         super().__init__(

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from halfbyte.memory.activation_offload import ActivationOffload
+from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.nn.convert import workspace_of
 from halfbyte.nn.decoder_block import decoder_block
 from halfbyte.nn.decoder_block_parts import BlockParts, GradientSums, KeptNumbers, Norm, Policy
@@ -149,7 +150,7 @@ def fuse_layers_(
     owners: dict[str, WeightOwner] = {}
     shared = (DropoutSeeds(), ActivationOffload(), GradientSums())
     if adapters_ride is None:
-        adapters_ride = next(model.parameters()).device.type == "cuda"
+        adapters_ride = compute_device_of(model).type == "cuda"
     for layer in layers:
         if not isinstance(layer, FusedLayer):
             layer_class: Any = type(layer)

@@ -27,6 +27,7 @@ from halfbyte.device import available_bytes
 from halfbyte.errors import ConfigError
 from halfbyte.models.expanded_decoder import ExpandedDecoder
 from halfbyte.models.fused_layers import fuse_layers_, iter_fused_layers, unfuse_layers_
+from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.kept_decoders import borrow_decoder, decodes_expanded, decodes_statically, keep_decoders
 from halfbyte.models.modes import eval_mode
 from halfbyte.models.static_decoder import Choose, StaticDecoder
@@ -111,7 +112,7 @@ def iter_tokens(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, options: GenerationOptions, stop_ids: frozenset[int]
 ) -> Iterator[list[int | None]]:
     """Yield the next token of each prompt, step by step; None where the answer has ended."""
-    device = _device(model)
+    device = compute_device_of(model)
     generator = torch.Generator(device).manual_seed(options.seed)
     choose = functools.partial(choose_tokens, options=options, generator=generator)
     running = [True] * len(prompts)
@@ -134,7 +135,7 @@ def _iter_steps(
         with borrow_decoder(model, ExpandedDecoder, **size) as decoder:
             yield from decoder.steps(choose(decoder.read(prompts)), options.max_new_tokens, choose)
         return
-    inputs, mask_BT = _left_padded(model, prompts, device=_device(model))
+    inputs, mask_BT = _left_padded(model, prompts, device=compute_device_of(model))
     cache = DynamicCache(config=model.config)
     first_B = choose(_next_logits(model, inputs, cache))
     if not decodes_statically(model, num_new_tokens=options.max_new_tokens, **size):
@@ -230,7 +231,7 @@ def inference_state(model: PreTrainedModel) -> Iterator[None]:
 @contextlib.contextmanager
 def _expanded(model: PreTrainedModel) -> Iterator[None]:
     """Keep weights expanded for the library's layers on a CPU, where no decoder of ours does so."""
-    needed = _device(model).type == "cpu" and not decodes_expanded(model)
+    needed = compute_device_of(model).type == "cpu" and not decodes_expanded(model)
     if not needed or expanded_nbytes(model) > available_bytes() // 2:
         yield
         return
@@ -248,12 +249,6 @@ def _fused(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         unfuse_layers_(model)
-
-
-def _device(model: PreTrainedModel) -> torch.device:
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.device
 
 
 class _TextStream:

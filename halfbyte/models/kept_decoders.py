@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.device import available_bytes
 from halfbyte.models.expanded_decoder import ExpandedDecoder, why_not_expanded
+from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.static_decoder import StaticDecoder, cache_nbytes, why_not_static
 from halfbyte.nn import expanded_nbytes
 
@@ -36,9 +37,7 @@ _WAITING: weakref.WeakKeyDictionary[PreTrainedModel, list[Decoder]] = weakref.We
 
 def decodes_statically(model: PreTrainedModel, *, num_prompts: int, num_tokens: int, num_new_tokens: int) -> bool:
     """Say whether a `StaticDecoder` is the way to answer these prompts."""
-    embedding = model.get_input_embeddings().weight
-    assert isinstance(embedding, torch.Tensor)
-    device = embedding.device
+    device = compute_device_of(model)
     if device.type != "cuda" or num_new_tokens < MIN_NEW_TOKENS or why_not_static(model, num_prompts) is not None:
         return False
     reusable_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

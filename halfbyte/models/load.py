@@ -29,10 +29,11 @@ from halfbyte.models.build import build_meta_model, init_computed_buffers_
 from halfbyte.models.describe import load_config, load_tokenizer
 from halfbyte.models.fill import ModelFiller, fill_
 from halfbyte.models.half_storage import HalfEmbedding, HalfHead
+from halfbyte.models.host_embedding import host_embedding_
 from halfbyte.models.placement import Placement, make_placements
 from halfbyte.models.report import LoadReport, make_load_report
 from halfbyte.models.source import ModelSource, resolve_source
-from halfbyte.models.streaming import SlabFiller
+from halfbyte.models.streaming import ON_DEVICE, Residency, SlabFiller
 from halfbyte.models.weights import iter_weights
 from halfbyte.nn.convert import workspace_of
 from halfbyte.quant import QuantSpec
@@ -68,7 +69,7 @@ def load_model(
     allow_16bit_experts: bool = False,
     attn_implementation: str | None = None,
     revision: str | None = None,
-    streamed_blocks: int = 0,
+    residency: Residency = ON_DEVICE,
 ) -> LoadedModel:
     """Load a causal language model.
 
@@ -81,7 +82,7 @@ def load_model(
         allow_16bit_experts: Accept large stacked expert tensors, which cannot be quantised.
         attn_implementation: transformers' name of an attention implementation, or "halfbyte" for ours.
         revision: Branch, tag or commit of a hub id.
-        streamed_blocks: How many decoder blocks' 4-bit weights live in host memory and visit the device.
+        residency: What lives in host memory while it computes on a device.
 
     Raises:
         ConfigError: Nothing is at `source`, or an option cannot be honoured.
@@ -102,12 +103,11 @@ def load_model(
         if stored_in_4bit:
             notes.append("weights stored in 4 bits are taken as they are; quant options do not apply to them")
     targets = stored_in_4bit or (quantizable_layers(model, config) if quant is not None else set())
-    slabs = _make_slabs(model, streamed_blocks, target_device, has_targets=bool(targets))
-    if slabs is not None:
-        notes.append(f"weights of {streamed_blocks} decoder blocks live in host memory and visit {target_device}")
+    slabs = _make_slabs(model, residency.streamed_blocks, target_device, has_targets=bool(targets))
     filler = ModelFiller(model, spec=quant, targets=targets, device=target_device, dtype=computing.dtype, slabs=slabs)
     fill_(filler, placements, on_progress=on_progress)
     _finish_(model, filler, source, target_device)
+    notes += _settle_(model, residency, computing.dtype, target_device)
     seconds = time.perf_counter() - started
     report = make_load_report(
         model, seconds=seconds, device=target_device, compute_dtype=computing.dtype, notes=tuple(notes)
@@ -166,6 +166,18 @@ def _make_slabs(
     if not has_targets:
         raise ConfigError("memory.streamed_blocks needs weights in 4 bits; set quant.enabled=true")
     return SlabFiller(model, count=streamed_blocks, device=device)
+
+
+def _settle_(model: PreTrainedModel, residency: Residency, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """Move the embedding where it is to live, and return what there is to say about what lives in host memory."""
+    notes = []
+    if residency.streamed_blocks:
+        notes.append(f"in host memory: weights of {residency.streamed_blocks} decoder blocks, which visit {device}")
+    if residency.embedding_on_host:
+        moved = host_embedding_(model, dtype=dtype, device=device)
+        why_not = "embedding: stays on the device, for it is the output head as well"
+        notes.append("in host memory: the embedding, whose rows are read from there" if moved else why_not)
+    return notes
 
 
 def _finish_(model: PreTrainedModel, filler: ModelFiller, source: ModelSource, device: torch.device) -> None:

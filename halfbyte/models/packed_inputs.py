@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.errors import ConfigError
 from halfbyte.models.attention import PACKED_ATTENTION, DocumentLayout
+from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.modes import eval_mode
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -108,10 +109,10 @@ def _is_unmoved(model: PreTrainedModel, batch: dict[str, torch.Tensor], *, chang
     ids = torch.arange(1, sum(PROBE_LENGTHS) + 1).remainder(embedding.shape[0])[None]
     other = ids.clone()
     other[:, changed] = (ids[:, changed] * 7 + 5).remainder(embedding.shape[0])
-    states = []
+    states, device = [], compute_device_of(model)
     with eval_mode(model):
         for probe in (ids, other):
-            inputs = {name: tensor.to(embedding.device) for name, tensor in {"input_ids": probe, **batch}.items()}
+            inputs = {name: tensor.to(device) for name, tensor in {"input_ids": probe, **batch}.items()}
             states.append(read_hidden_states(model, inputs).float()[:, watched])
     change = (states[0] - states[1]).abs().max().item()
     # Kernels that order their sums by the whole batch may differ in the last bits; an influence is far larger.

@@ -38,6 +38,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from halfbyte.models.fused_layers import FusedLayer, iter_decoder_layers, why_not_fused
+from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.streaming import is_streamed
 from halfbyte.nn.decode_group import DecodeGroup, kernel_fits, multiply_group
 from halfbyte.nn.linear import Linear4bit
@@ -83,12 +84,12 @@ def why_not_static(model: PreTrainedModel, num_prompts: int) -> str | None:
     if not all(isinstance(layer, FusedLayer) and why_not_fused(layer) is None for layer in layers):
         return "its layers are not fused"
     embedding: Any = model.get_input_embeddings()
-    device, dtype = embedding.weight.device, token_dtype(embedding)
+    device, dtype = compute_device_of(model), token_dtype(embedding)
     if model.training or torch.is_autocast_enabled(device.type) or dtype not in DTYPES:
         return "it is in train mode or under autocast, or computes in an unusual dtype"
     if is_streamed(model):
         return "weights of it live in host memory"
-    if any(p.device != device for p in model.parameters()):
+    if any(p.device != device for p in model.parameters() if p is not embedding.weight):
         return "it lies on several devices"
     decoder: Any = model.model
     if getattr(decoder.rotary_emb, "rope_type", "default") not in ROPE_TYPES:
@@ -167,14 +168,15 @@ class StaticDecoder:
         decoder: Any = model.model
         self.embed, self.final_norm, self.head = decoder.embed_tokens, decoder.norm, model.lm_head
         weight = self.embed.weight
-        self.device, self.dtype, self.backend, self.greedy = weight.device, token_dtype(self.embed), backend, greedy
+        self.device, self.dtype = compute_device_of(model), token_dtype(self.embed)
+        self.backend, self.greedy = backend, greedy
         overlap = num_prompts <= MAX_OVERLAPPING_PROMPTS if overlap is None else overlap
         self.overlap = overlap and can_overlap(self.device)
         self.num_prompts, self.capacity = num_prompts, round_capacity(num_tokens)
         self.weight_state = weight_state(model)
         # Of the first argument the library reads dtype and device.
         positions_1C = torch.arange(self.capacity, device=self.device)[None]
-        cos_1CH, sin_1CH = decoder.rotary_emb(weight[:1].to(self.dtype), positions_1C)
+        cos_1CH, sin_1CH = decoder.rotary_emb(weight[:1].to(self.device, self.dtype), positions_1C)
         self.angles = Angles(cos_CH=cos_1CH[0].contiguous(), sin_CH=sin_1CH[0].contiguous())
         layers = decoder.layers[: decoder.config.num_hidden_layers]
         self.layers = [self._prepare(layer) for layer in layers]

@@ -10,6 +10,7 @@ Which blocks: spread over the model, so that those that stay give the link time 
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import torch
@@ -25,6 +26,19 @@ from halfbyte.nn.streamed_block import StreamedBlock, quantized_layers
 from halfbyte.quant import QuantizedTensor
 
 STREAMER_ATTRIBUTE = "halfbyte_streamer"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Residency:
+    """Which frozen weights live in host memory."""
+
+    streamed_blocks: int = 0
+    """How many decoder blocks' 4-bit weights do, and visit the device."""
+    embedding_on_host: bool = False
+    """Whether the embedding does, where it is not also the head."""
+
+
+ON_DEVICE = Residency()
 
 
 class SlabFiller:

@@ -27,6 +27,7 @@ from halfbyte.models.fused_layers import (
     passing_bytes_per_token,
     set_policy,
 )
+from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.modes import train_mode
 from halfbyte.models.packed_inputs import compute_dtype_of
 from halfbyte.nn.decoder_block_parts import KeptNumbers, Policy
@@ -67,7 +68,7 @@ def choose_checkpointing(
         return True, "gradient checkpointing: on, because only fused blocks can put activations away"
     if wanted != "auto":
         return wanted, f"gradient checkpointing: {'on' if wanted else 'off'}, as set"
-    device = next(model.parameters()).device
+    device = compute_device_of(model)
     needed = measure_kept_bytes(model, loss_path) / PROBE_TOKENS * num_tokens * TEMPORARY_SHARE
     usable = free_bytes(device) * USABLE_SHARE
     on = needed > usable
@@ -95,7 +96,7 @@ def choose_policy_(model: PreTrainedModel, *, wanted: Checkpointing, num_tokens:
         return f"activations: {POLICY_TEXTS[policy]}, as {'the model has it' if checkpointed else 'set'}"
     # What an earlier choice has pinned is free for this one.
     offload_of(model).release()
-    device = next(model.parameters()).device
+    device = compute_device_of(model)
     itemsize = compute_dtype_of(model).itemsize
     kept = {policy: kept_bytes_per_token(model, policy, itemsize=itemsize) for policy in POLICY_TEXTS}
     passing = passing_bytes_per_token(model, itemsize=itemsize)
@@ -173,7 +174,7 @@ def describe_policies(policies: Sequence[Policy]) -> str:
 
 def measure_kept_bytes(model: PreTrainedModel, loss_path: LossPath) -> int:
     """Return the bytes that autograd keeps of a forward of PROBE_TOKENS tokens, the model's own tensors left out."""
-    device = next(model.parameters()).device
+    device = compute_device_of(model)
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from halfbyte.errors import ConfigError
+from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.packed_inputs import compute_dtype_of
 from halfbyte.nn import LoraSpec, iter_lora
 from halfbyte.nn.attach import iter_saved
@@ -47,7 +48,7 @@ def check_model(model: PreTrainedModel, args: HalfbyteArguments) -> None:
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("the model has nothing to train; attach adapters first (halfbyte.nn.attach_adapters)")
-    device = next(model.parameters()).device
+    device = compute_device_of(model)
     if device.type != args.device.type:
         way = "pass use_cpu=True" if device.type == "cpu" else "leave use_cpu out"
         raise ConfigError(f"the model is on {device} and the arguments say {args.device}; {way}, or load it there")

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from halfbyte.errors import DataError
+from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.modes import eval_mode
 from halfbyte.train.batches import move_batch
 from halfbyte.train.loss import LossPath
@@ -52,7 +53,7 @@ def evaluate_loss(
         DataError: The batches hold no trained token.
     """
     loss_path = loss_path or LossPath(model)
-    device = next(model.parameters()).device
+    device = compute_device_of(model)
     total = torch.zeros((), dtype=torch.float64, device=device)
     num_tokens = 0
     with eval_mode(model):

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.errors import ConfigError
 from halfbyte.models.fused_layers import FusionReport, iter_decoder_layers
+from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.packed_inputs import compute_dtype_of
 from halfbyte.nn.linear import Linear4bit
 from halfbyte.ops.e4m3 import why_no_fp8
@@ -35,7 +36,7 @@ def _why_not(model: PreTrainedModel, fusion: FusionReport | None) -> str | None:
         return "only fused blocks multiply in fp8, and they are off"
     if not fusion.num_fused:
         return f"only fused blocks multiply in fp8; {fusion}"
-    reason = why_no_fp8(next(model.parameters()).device)
+    reason = why_no_fp8(compute_device_of(model))
     if reason is not None:
         return reason
     dtype = compute_dtype_of(model)

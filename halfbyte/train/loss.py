@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.modes import eval_mode
 from halfbyte.models.packed_inputs import build_forward_inputs, read_hidden_states
 from halfbyte.ops.cross_entropy import IGNORED_LABEL, chunked_cross_entropy, chunked_token_losses
@@ -105,7 +106,7 @@ class LossPath:
         if not isinstance(getattr(head, "weight", None), torch.Tensor) or _has_adapter(head):
             return f"its output head is a {type(head).__name__}, not one product"
         weight = head.weight
-        ids = torch.arange(3, 3 + PROBE_TOKENS, device=weight.device).remainder(weight.shape[0])[None]
+        ids = torch.arange(3, 3 + PROBE_TOKENS, device=compute_device_of(model)).remainder(weight.shape[0])[None]
         with eval_mode(model):
             own = model(input_ids=ids, use_cache=False).logits.float()
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state

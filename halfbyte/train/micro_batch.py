@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.models.attention import PACKED_ATTENTION, DocumentLayout, has_varlen_attention
 from halfbyte.models.fused_layers import dropout_seeds_of, gradient_sums_of, iter_fused_layers, offload_of
+from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.packed_inputs import compute_dtype_of
 from halfbyte.models.streaming import streamer_of
 from halfbyte.nn import iter_trainable
@@ -75,7 +76,7 @@ class MicroBatches:
 
     def __init__(self, model: PreTrainedModel, loss_path: LossPath, *, as_graphs: bool) -> None:
         self.model, self.loss_path = model, loss_path
-        self.device = next(model.parameters()).device
+        self.device = compute_device_of(model)
         is_fused = any(True for _ in iter_fused_layers(model))
         on_gpu, attention = self.device.type == "cuda", model.config._attn_implementation
         self.as_graphs = as_graphs and is_fused and on_gpu and loss_path.chunked and attention == PACKED_ATTENTION

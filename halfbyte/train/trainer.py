@@ -34,6 +34,7 @@ from halfbyte.device import keep_freed_memory
 from halfbyte.errors import ConfigError
 from halfbyte.models.adapter_files import save_adapter
 from halfbyte.models.fused_layers import fuse_layers_
+from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.packed_inputs import compute_dtype_of, prove_causality, prove_isolation
 from halfbyte.nn import LoraSpec, iter_trainable
 from halfbyte.nn.attach import count_parameters
@@ -138,7 +139,7 @@ class HalfbyteTrainer(Trainer):
                 callback.logging_dir = args.logging_dir or str(Path(self.args.output_dir) / "logs")
         # Read by transformers 5.17, which has no loss_is_scaled_for_ga.
         self.model_accepts_loss_kwargs = True
-        self.model_device = next(model.parameters()).device
+        self.model_device = compute_device_of(model)
         self.meter = Meter(self.model_device)
         self.held_out: HeldOut | None = None
         self.held_out_step = -1

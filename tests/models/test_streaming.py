@@ -15,7 +15,7 @@ from halfbyte.models.fused_layers import fuse_layers_, set_policy
 from halfbyte.models.generate import GenerationOptions, inference_state, iter_tokens
 from halfbyte.models.load import load_model
 from halfbyte.models.static_decoder import why_not_static
-from halfbyte.models.streaming import is_streamed, spread, stream_blocks_, streamer_of
+from halfbyte.models.streaming import Residency, is_streamed, spread, stream_blocks_, streamer_of
 from halfbyte.nn import Linear4bit
 from halfbyte.quant import QuantSpec
 from tests.models.test_fused_layers import POLICIES, loss_and_grads, make_batch, make_model
@@ -134,7 +134,7 @@ def test_loading_puts_weights_where_they_live(stored_in_4bit: bool, tmp_path: Pa
         folder = tmp_path / "small"
     options = {"quant": QuantSpec(), "device": "cpu", "compute_dtype": "float32"}
     plain = load_model(folder, **options).model
-    streamed = load_model(folder, streamed_blocks=1, **options).model
+    streamed = load_model(folder, residency=Residency(streamed_blocks=1), **options).model
     assert is_streamed(streamed)
     assert not is_streamed(plain)
     homes = [m.lives_on_host for n, m in streamed.named_modules() if isinstance(m, Linear4bit) and ".layers.0." in n]
@@ -149,9 +149,9 @@ def test_loading_puts_weights_where_they_live(stored_in_4bit: bool, tmp_path: Pa
 def test_more_blocks_than_there_are_is_one_clear_message(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path)
     with pytest.raises(ConfigError, match="streamed_blocks is 99, but LlamaForCausalLM has 2"):
-        load_model(folder, quant=QuantSpec(), device="cpu", streamed_blocks=99)
+        load_model(folder, quant=QuantSpec(), device="cpu", residency=Residency(streamed_blocks=99))
     with pytest.raises(ConfigError, match=r"needs weights in 4 bits"):
-        load_model(folder, quant=None, device="cpu", streamed_blocks=1)
+        load_model(folder, quant=None, device="cpu", residency=Residency(streamed_blocks=1))
 
 
 def test_blocks_are_spread() -> None:
