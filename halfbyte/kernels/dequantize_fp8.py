@@ -23,7 +23,7 @@ from halfbyte.kernels.launch import launch
 
 ELEMENTS_PER_PROGRAM = 4096
 MAX_GROUP = 64
-TILE_ROWS, TILE_COLUMNS = 128, 128
+TILE_ROWS, TILE_COLUMNS, TRANSPOSING_WARPS = 128, 128, 8
 
 
 def dequantize_fp8(
@@ -117,7 +117,7 @@ def dequantize_fp8_transposed(
         WORDS=TILE_ROWS // 4,
         COLUMNS=TILE_COLUMNS,
         ALIGNMENT=math.gcd(words_DW.stride(0), 4),
-        num_warps=8,
+        num_warps=TRANSPOSING_WARPS,
     )
 
 
