@@ -23,7 +23,7 @@ from halfbyte.kernels.launch import launch
 
 ELEMENTS_PER_PROGRAM = 4096
 MAX_GROUP = 64
-TILE_ROWS, TILE_COLUMNS, TRANSPOSING_WARPS = 128, 128, 8
+TILE_ROWS, TILE_COLUMNS, TRANSPOSING_WARPS = 128, 64, 4
 
 
 def dequantize_fp8(

@@ -16,8 +16,9 @@ from halfbyte.ops.e4m3 import FP8
 
 # Products and row lengths that tensor cores take.
 SIZE_MULTIPLE = 16
-# Whether sums stay in the tensor cores, whose registers keep some 14 bits, all along K, or only a short way.
-FAST_ACCUMULATION = False
+# Whether sums stay in the tensor cores, whose registers keep some 14 bits, all along K, or only a short way. That is
+# little beside the 4 bits of the factors: losses of a real model show no difference (docs/log.md).
+FAST_ACCUMULATION = True
 
 
 def product_fp8(
