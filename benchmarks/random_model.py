@@ -30,8 +30,8 @@ def build_random_4bit(config: PreTrainedConfig, device: torch.device, *, streame
     """
     dtype = default_compute_dtype(device)
     model = build_meta_model(config, dtype=dtype, attn_implementation=PACKED_ATTENTION)
-    slabs = SlabFiller(model, count=streamed_blocks, device=device) if streamed_blocks else None
     paths = quantizable_layers(model, config)
+    slabs = SlabFiller(model, targets=paths, count=streamed_blocks, device=device) if streamed_blocks else None
     weights: dict[str, QuantizedTensor] = {}
 
     def siblings(block: str) -> int:

@@ -13,7 +13,9 @@ import dataclasses
 import mmap
 import weakref
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
 
 from halfbyte.errors import PlanError
@@ -82,7 +84,9 @@ def allocate_pinned(num_bytes: int) -> torch.Tensor:
         memory = _map_memory(num_bytes)
     except OSError as error:
         raise PlanError(f"the system gives no {num_bytes / 2**30:.2f} GiB of host memory: {error}") from error
-    tensor = torch.frombuffer(memory, dtype=torch.uint8)
+    # The tensor holds this array, and the array's finalizer the mapping: pages are unpinned before they are unmapped.
+    holder = np.frombuffer(memory, dtype=np.uint8)
+    tensor = torch.from_numpy(holder)
     runtime = torch.cuda.cudart()
     address = tensor.data_ptr()
     status = runtime.cudaHostRegister(address, num_bytes, 0)
@@ -92,8 +96,15 @@ def allocate_pinned(num_bytes: int) -> torch.Tensor:
             "the device, or free host memory"
         )
     # The storage outlives every view of it; once it is gone, nothing on the host or in a stream we wait for reads it.
-    weakref.finalize(memory, runtime.cudaHostUnregister, address)
+    weakref.finalize(holder, _unpin, runtime, address, memory)
     return tensor
+
+
+def _unpin(runtime: Any, address: int, memory: mmap.mmap) -> None:
+    assert not memory.closed
+    status = runtime.cudaHostUnregister(address)
+    if int(status) != 0:
+        raise PlanError(f"the driver does not unpin host memory ({status})")
 
 
 def _map_memory(num_bytes: int) -> mmap.mmap:

@@ -31,9 +31,9 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from halfbyte.models.fused_layers import FusedLayer, iter_decoder_layers, why_not_fused
+from halfbyte.models.fused_layers import FusedLayer, has_fixed_angles, iter_decoder_layers, why_not_fused
+from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.static_decoder import (
-    ROPE_TYPES,
     SHELLS,
     Choose,
     head_norms_of,
@@ -247,12 +247,11 @@ def why_not_expanded(model: PreTrainedModel) -> str | None:
     if not all(isinstance(layer, FusedLayer) and why_not_fused(layer) is None for layer in layers):
         return "its layers are not fused"
     weight: Any = model.get_input_embeddings().weight
-    if weight.device.type != "cpu" or weight.itemsize > 4:
+    if compute_device_of(model).type != "cpu" or weight.itemsize > 4:
         return "it is not on a CPU, or computes in fp64"
     if model.training or torch.is_autocast_enabled("cpu"):
         return "it is in train mode or under autocast"
-    decoder: Any = model.model
-    if getattr(decoder.rotary_emb, "rope_type", "default") not in ROPE_TYPES:
+    if not has_fixed_angles(model):
         return "its angles depend on the length"
     return None
 

@@ -47,6 +47,7 @@ ATTENTION_PROJECTIONS, MLP_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj"
 QKV_OR_DOWN = "qkv_or_down"
 CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 SILU = {"silu", "swish"}
+FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 # The attribute of a layer whose frozen weights live in host memory, see `halfbyte.models.streaming`.
 STREAMED = "halfbyte_streamed"
 
@@ -88,6 +89,12 @@ class FusedLayer:
 
     halfbyte_binding: _Binding
 
+    @property
+    def shows_attention(self) -> bool:
+        """Whether the configuration asks for the weights of attention."""
+        layer: Any = self
+        return bool(getattr(layer.self_attn.config, "output_attentions", False))
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -101,7 +108,9 @@ class FusedLayer:
         """Compute the layer as its class does; the arguments are transformers'."""
         kwargs |= {"position_ids": position_ids, "use_cache": use_cache}
         parts = _current_parts(self) if past_key_values is None and position_embeddings is not None else None
-        if parts is None or _is_better_unfused(self, hidden_states):
+        # Weights of attention, where they are asked for, are what the library's attention returns.
+        shows_weights = kwargs.get("output_attentions", self.shows_attention)
+        if parts is None or shows_weights or _is_better_unfused(self, hidden_states):
             plain: Any = super()
             return plain.forward(
                 hidden_states,
@@ -212,6 +221,12 @@ def passing_bytes_per_token(model: PreTrainedModel, *, itemsize: int) -> int:
     return itemsize * max((part.passing_numbers for part in parts if part is not None), default=0)
 
 
+def has_fixed_angles(model: PreTrainedModel) -> bool:
+    """Say whether the angles by which heads are turned depend on places alone, not on the length of what is read."""
+    rotations = (module for module in model.modules() if hasattr(module, "rope_type"))
+    return all(rotation.rope_type in FIXED_ROPE_TYPES for rotation in rotations)
+
+
 def iter_decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the layers of the classes that are known, and of those that look like a decoder layer."""
     for module in model.modules():
@@ -278,7 +293,7 @@ def _current_parts(layer: Any) -> BlockParts | None:
 def _build_parts(layer: Any, binding: _Binding) -> BlockParts:
     projections: Any = _projections_of(layer)
     q, k, v, o, gate, up, down = projections
-    norms = [Norm(weight_D=norm.weight.detach(), eps=norm.variance_epsilon) for norm in _norms_of(layer)]
+    norms = [Norm(module=norm, eps=norm.variance_epsilon) for norm in _norms_of(layer)]
     make = functools.partial(_make_group, binding=binding)
     head_width = layer.self_attn.head_dim
     return BlockParts(

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from halfbyte.memory.weight_slab import allocate_pinned
+from halfbyte.models.half_storage import HalfEmbedding
 from halfbyte.ops.gather_rows import gather_rows
 
 
@@ -45,16 +46,27 @@ class HostEmbedding(nn.Embedding):
         """Return the rows of `input` (token ids, any shape) in the compute dtype."""
         return gather_rows(input, self.weight.detach(), dtype=self.compute_dtype)
 
+    def to_compute_device(self) -> nn.Embedding:
+        """Return a plain embedding on the device, in fp32: what can be trained."""
+        plain = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
+        plain.weight = nn.Parameter(self.weight.detach().to(self.compute_device, torch.float32, copy=True))
+        return plain
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> HostEmbedding:
         """Stay where it lives, and as it is."""
         return self
 
 
 def host_embedding_(model: PreTrainedModel, *, dtype: torch.dtype, device: torch.device) -> bool:
-    """Move the embedding of a model to host memory, and say whether that was possible: it is not also the head."""
+    """Move the embedding of a model to host memory, and say whether that was possible.
+
+    It is not if the embedding is also the head, or does more than to look up.
+    """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(embedding, nn.Embedding) or (head is not None and head.weight is embedding.weight):
+    # Others do more than look up, such as scaling.
+    if type(embedding) not in (nn.Embedding, HalfEmbedding) or (head is not None and head.weight is embedding.weight):
         return False
+    assert isinstance(embedding, nn.Embedding)
     model.set_input_embeddings(HostEmbedding.from_embedding(embedding, dtype=dtype, device=device))
     return True
 

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from halfbyte.models.fused_layers import FusedLayer, iter_decoder_layers, why_not_fused
+from halfbyte.models.fused_layers import FusedLayer, has_fixed_angles, iter_decoder_layers, why_not_fused
 from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.streaming import is_streamed
 from halfbyte.nn.decode_group import DecodeGroup, kernel_fits, multiply_group
@@ -49,8 +49,6 @@ from halfbyte.ops.decode_inner import gated_inner, normed_inner, plain_inner
 from halfbyte.ops.matvec_4bit import DTYPES, MAX_TOKENS
 
 SHELLS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM")
-# Whose angles depend on nothing but the position.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 MAX_HEAD_WIDTH = 256
 CAPACITY_MULTIPLE = 256
 OVERLAP_CAPABILITY = (9, 0)
@@ -92,7 +90,7 @@ def why_not_static(model: PreTrainedModel, num_prompts: int) -> str | None:
     if any(p.device != device for p in model.parameters() if p is not embedding.weight):
         return "it lies on several devices"
     decoder: Any = model.model
-    if getattr(decoder.rotary_emb, "rope_type", "default") not in ROPE_TYPES:
+    if not has_fixed_angles(model):
         return "its angles depend on the length"
     if any(layer.self_attn.head_dim > MAX_HEAD_WIDTH or layer.self_attn.head_dim % 2 for layer in decoder.layers):
         return f"its heads are odd, or wider than {MAX_HEAD_WIDTH}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import nn
@@ -46,22 +46,31 @@ class SlabFiller:
 
     Args:
         model: On the meta device.
+        targets: Paths of the layers that will have 4-bit weights.
         count: How many blocks are to live in host memory.
         device: Where they compute.
         num_slots: See `BlockStreamer`.
 
     Raises:
-        ConfigError: The model has fewer blocks, or none that are known.
+        ConfigError: The model has fewer blocks with 4-bit weights, or none that are known.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, count: int, device: torch.device, num_slots: int = DEFAULT_SLOTS
+        self,
+        model: PreTrainedModel,
+        *,
+        targets: Collection[str],
+        count: int,
+        device: torch.device,
+        num_slots: int = DEFAULT_SLOTS,
     ) -> None:
         self.device, self.num_slots = device, num_slots
-        blocks = _named_blocks(model)
+        named = _named_blocks(model)
+        blocks = [block for block in named if any(path.startswith(f"{block}.") for path in targets)]
         if count > len(blocks):
             raise ConfigError(
-                f"memory.streamed_blocks is {count}, but {type(model).__name__} has {len(blocks)} decoder blocks"
+                f"memory.streamed_blocks is {count}, but {type(model).__name__} has {len(blocks)} decoder blocks with "
+                "weights in 4 bits"
             )
         chosen = spread(count, len(blocks))
         self._paths = [path for index, path in enumerate(blocks) if index in chosen]

@@ -51,7 +51,9 @@ class GradientSums:
             return gradients
         pairs = [(self.targets.get(p), g) for p, g in zip(parameters, gradients, strict=True)]
         known = [(target, gradient) for target, gradient in pairs if target is not None]
-        torch._foreach_add_([target for target, _ in known], [gradient.to(target.dtype) for target, gradient in known])
+        if known:
+            sums = [target for target, _ in known]
+            torch._foreach_add_(sums, [gradient.to(target.dtype) for target, gradient in known])
         return [gradient if target is None else None for target, gradient in pairs]
 
 
@@ -59,8 +61,15 @@ class GradientSums:
 class Norm:
     """A frozen norm."""
 
-    weight_D: torch.Tensor
+    module: nn.Module
     eps: float
+
+    @property
+    def weight_D(self) -> torch.Tensor:
+        """As it is now: models are moved and cast."""
+        weight_D = self.module.weight
+        assert isinstance(weight_D, torch.Tensor)
+        return weight_D.detach()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

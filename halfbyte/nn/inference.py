@@ -41,7 +41,8 @@ def expanded_for_inference(model: nn.Module, *, dtype: torch.dtype | None = None
 def default_expanded_dtype(model: nn.Module) -> torch.dtype:
     """Return the dtype in which one token is multiplied fastest: fp32 on a CPU, on a GPU that of the model."""
     frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
-    on_cpu = not frozen or frozen[0].device.type == "cpu"
+    devices = [m.compute_device for m in model.modules() if isinstance(m, Linear4bit)] or [p.device for p in frozen]
+    on_cpu = not frozen or devices[0].type == "cpu"
     return torch.float32 if on_cpu else frozen[0].dtype
 
 

@@ -105,7 +105,8 @@ class Linear4bit(nn.Module):
     @torch.no_grad()
     def expand(self, dtype: torch.dtype) -> ExpandedWeight:
         """Return the weight expanded to `dtype`; as `expanded`, forwards without grad use it."""
-        return ExpandedWeight.of_base(dequantize_4bit(self.quantized, dtype=dtype, workspace=self.workspace), self.bias)
+        q = self.quantized.to(self.compute_device)
+        return ExpandedWeight.of_base(dequantize_4bit(q, dtype=dtype, workspace=self.workspace), self.bias)
 
     def extra_repr(self) -> str:
         spec = self._spec
@@ -133,7 +134,7 @@ class Linear4bit(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination.update(export_state_dict(prefix, self.quantized))
+        destination.update(export_state_dict(prefix, self.home))
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
@@ -150,7 +151,9 @@ class Linear4bit(nn.Module):
         mine = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
         if prefix + "weight" in mine:
             q = load_quantized(prefix, mine)
-            if q.shape == (self.out_features, self.in_features):
+            if self.lives_on_host:
+                error_msgs.append(f"{prefix}weight lives in host memory; load into a model whose weights do not")
+            elif q.shape == (self.out_features, self.in_features):
                 self._set_quantized(q.to(self.packed.device))
             else:
                 error_msgs.append(

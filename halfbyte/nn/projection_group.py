@@ -87,6 +87,10 @@ class _Stacks:
             B_FR=None if group.rides_in_place else torch.zeros(group.out_features, rank, dtype=dtype, device=device),
         )
 
+    def fits(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Say whether a product in that dtype can take them."""
+        return self.A_RD.dtype == dtype and self.A_RD.device == device
+
     def fill_A(self) -> None:
         """Cast every A anew."""
         for member in self.members:
@@ -339,7 +343,7 @@ class ProjectionGroup:
     def _stack(self, dtype: torch.dtype) -> _Stacks:
         """Return the stacked adapters as the last forward has left them."""
         members, stacks = self.members, self._stacks
-        if stacks is None or stacks.members != members or stacks.A_RD.dtype != dtype:
+        if stacks is None or stacks.members != members or not stacks.fits(dtype, self.device):
             self._stacks = stacks = _Stacks.empty(self, members, dtype)
             self.workspace.generation += 1
             stacks.fill_A()

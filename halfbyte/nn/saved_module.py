@@ -8,6 +8,7 @@ are fp32 while activations stay 16-bit. A 4-bit original is trained from what it
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,6 +59,10 @@ class SavedModule(nn.Module):
 
 
 def _trainable_copy(original: nn.Module) -> nn.Module:
+    if hasattr(original, "to_compute_device"):
+        # It lives in host memory, where nothing is trained.
+        make: Callable[[], nn.Module] = original.to_compute_device  # type: ignore[assignment]
+        return make().requires_grad_(True)
     trained = nn.ModuleDict({"root": copy.deepcopy(original)})
     for name, module in list(trained.named_modules()):
         if isinstance(module, Linear4bit):

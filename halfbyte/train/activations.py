@@ -214,4 +214,10 @@ def _free_by_control_group() -> int | None:
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if not limit.exists() or not used.exists() or limit.read_text().strip() == "max":
         return None
-    return max(int(limit.read_text()) - int(used.read_text()), 0)
+    return max(int(limit.read_text()) - int(used.read_text()) + _droppable_by_control_group(used.parent), 0)
+
+
+def _droppable_by_control_group(folder: Path) -> int:
+    """Return the bytes of files read that count as used, and that the system drops when memory is asked for."""
+    counts = dict(line.split(" ", 1) for line in (folder / "memory.stat").read_text().splitlines())
+    return int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0))

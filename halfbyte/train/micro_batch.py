@@ -29,7 +29,13 @@ import torch
 from transformers import PreTrainedModel
 
 from halfbyte.models.attention import PACKED_ATTENTION, DocumentLayout, has_varlen_attention
-from halfbyte.models.fused_layers import dropout_seeds_of, gradient_sums_of, iter_fused_layers, offload_of
+from halfbyte.models.fused_layers import (
+    dropout_seeds_of,
+    gradient_sums_of,
+    has_fixed_angles,
+    iter_fused_layers,
+    offload_of,
+)
 from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.packed_inputs import compute_dtype_of
 from halfbyte.models.streaming import streamer_of
@@ -80,6 +86,8 @@ class MicroBatches:
         is_fused = any(True for _ in iter_fused_layers(model))
         on_gpu, attention = self.device.type == "cuda", model.config._attn_implementation
         self.as_graphs = as_graphs and is_fused and on_gpu and loss_path.chunked and attention == PACKED_ATTENTION
+        # Angles that depend on the length are computed from what the device holds, on the host.
+        self.as_graphs = self.as_graphs and has_fixed_angles(model)
         self.parameters = [parameter for _, parameter in iter_trainable(model)]
         self.seeds = dropout_seeds_of(model) if is_fused and on_gpu else None
         self.offload = offload_of(model) if is_fused else None
@@ -128,10 +136,12 @@ class MicroBatches:
                 self.seeds.start(None)
 
     def release(self) -> None:
-        """Let all graphs go, their memory, and the host memory of activations."""
+        """Let all graphs go, their memory, the host memory of activations, and the slots of weights that visit."""
         self._release_graphs()
         if self.offload is not None:
             self.offload.release()
+        if self.streamer is not None:
+            self.streamer.release()
 
     def _run_recorded(self, batch: Mapping[str, Any]) -> torch.Tensor:
         assert self.offload is not None
@@ -153,9 +163,12 @@ class MicroBatches:
         for name, target in recorded.inputs.items():
             if isinstance(target, torch.Tensor):
                 target.copy_(padded[name].pin_memory(), non_blocking=True)
+        if self.streamer is not None:
+            # What was fetched and never entered is waited for; afterwards the graph has filled the slots, and tells
+            # nobody with what.
+            self.streamer.forget()
         recorded.graph.replay()
         if self.streamer is not None:
-            # The graph has filled the slots, and tells nobody with what.
             self.streamer.forget()
         return recorded.loss.clone()
 

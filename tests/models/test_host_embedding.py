@@ -7,17 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from halfbyte.export import merge_in_place
+from halfbyte.models.expanded_decoder import why_not_expanded
 from halfbyte.models.generate import GenerationOptions, inference_state, iter_tokens
 from halfbyte.models.host_embedding import HostEmbedding, compute_device_of, host_embedding_
 from halfbyte.models.load import load_model
 from halfbyte.models.packed_inputs import compute_dtype_of
 from halfbyte.models.streaming import Residency
+from halfbyte.nn import LoraSpec, attach_adapters
 from halfbyte.quant import QuantSpec
 from tests.models.test_fused_layers import loss_and_grads, make_batch
 from tests.models.test_streaming import make
-from tests.models.tiny import logits_of, save_tiny
+from tests.models.tiny import SIZES, build_tiny, logits_of, save_tiny
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
@@ -70,3 +73,32 @@ def test_an_embedding_that_is_the_head_stays(tmp_path: Path) -> None:
     loaded = load_model(folder, quant=QuantSpec(), device="cpu", residency=Residency(embedding_on_host=True))
     assert not isinstance(loaded.model.get_input_embeddings(), HostEmbedding)
     assert "output head as well" in str(loaded.report)
+
+
+def test_where_it_lives_does_not_decide_who_decodes() -> None:
+    model = make().eval()
+    assert host_embedding_(model, dtype=torch.float32, device=torch.device("cpu"))
+    assert why_not_expanded(model) is None
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, HostEmbedding)
+    embedding.compute_device = torch.device("cuda")
+    assert why_not_expanded(model) == "it is not on a CPU, or computes in fp64"
+
+
+def test_trained_whole_it_comes_to_the_device() -> None:
+    model = build_tiny("llama").requires_grad_(False)
+    assert host_embedding_(model, dtype=torch.float32, device=torch.device("cpu"))
+    attach_adapters(model, LoraSpec(rank=4, targets=("q_proj",), modules_to_save=("embed_tokens",)))
+    ids = torch.arange(3, 9)[None]
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    trained = model.get_input_embeddings().weight
+    assert trained.grad is not None
+    assert trained.grad[3:8].abs().amax(1).min() > 0
+
+
+def test_an_embedding_that_scales_stays() -> None:
+    config = Gemma3TextConfig(**SIZES, head_dim=16, query_pre_attn_scalar=16, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    expected = logits_of(model)
+    assert not host_embedding_(model, dtype=torch.float32, device=torch.device("cpu"))
+    assert torch.equal(logits_of(model), expected)

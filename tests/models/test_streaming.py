@@ -19,7 +19,7 @@ from halfbyte.models.streaming import Residency, is_streamed, spread, stream_blo
 from halfbyte.nn import Linear4bit
 from halfbyte.quant import QuantSpec
 from tests.models.test_fused_layers import POLICIES, loss_and_grads, make_batch, make_model
-from tests.models.tiny import logits_of, save_tiny
+from tests.models.tiny import edit_config, logits_of, save_tiny
 
 NUM_BLOCKS = 6
 CPU = torch.device("cpu")
@@ -159,3 +159,34 @@ def test_blocks_are_spread() -> None:
     assert spread(8, 8) == set(range(8))
     assert spread(4, 8) == {0, 2, 4, 6}
     assert len(spread(5, 13)) == 5
+
+
+def test_state_dicts_are_of_what_lives_on_the_host() -> None:
+    model = make()
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    stream_blocks_(model, NUM_BLOCKS, device=CPU, num_slots=2)
+    loss_and_grads(model, make_batch())
+    state = model.state_dict()
+    loss_and_grads(model, make_batch())
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
+
+
+def test_loading_over_weights_in_host_memory_is_refused() -> None:
+    model = make()
+    state = model.state_dict()
+    stream_blocks_(model, 2, device=CPU)
+    with pytest.raises(RuntimeError, match="lives in host memory"):
+        model.load_state_dict(state)
+
+
+def test_only_blocks_with_4bit_weights_count(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path)
+    skipped = {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": ["layers.1", "lm_head"]}
+    edit_config(folder, quantization_config=skipped)
+    options = {"quant": QuantSpec(), "device": "cpu", "compute_dtype": "float32"}
+    expected = logits_of(load_model(folder, **options).model)
+    loaded = load_model(folder, residency=Residency(streamed_blocks=1), **options)
+    assert torch.equal(logits_of(loaded.model), expected)
+    with pytest.raises(ConfigError, match="has 1 decoder blocks with weights in 4 bits"):
+        load_model(folder, residency=Residency(streamed_blocks=2), **options)
