@@ -25,10 +25,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from halfbyte.memory.activation_offload import ActivationOffload
+from halfbyte.memory.activation_policy import KeptNumbers, Policy
 from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.nn.convert import workspace_of
 from halfbyte.nn.decoder_block import decoder_block
-from halfbyte.nn.decoder_block_parts import BlockParts, GradientSums, KeptNumbers, Norm, Policy
+from halfbyte.nn.decoder_block_parts import BlockParts, GradientSums, Norm
 from halfbyte.nn.linear import Linear4bit
 from halfbyte.nn.lora import LoraLinear
 from halfbyte.nn.projection_group import ProjectionGroup, WeightOwner
@@ -211,14 +212,14 @@ def iter_fused_layers(model: PreTrainedModel) -> Iterator[FusedLayer]:
 def kept_bytes_per_token(model: PreTrainedModel, policy: Policy, *, itemsize: int) -> list[KeptNumbers]:
     """Return how many bytes of each token each fused block of a model keeps for its backward, in order."""
     parts = (_current_parts(layer) for layer in iter_fused_layers(model))
-    kept = (part.kept_numbers(policy) for part in parts if part is not None)
+    kept = (part.sizes.kept_numbers(policy) for part in parts if part is not None)
     return [KeptNumbers(device=itemsize * numbers.device, host=itemsize * numbers.host) for numbers in kept]
 
 
 def passing_bytes_per_token(model: PreTrainedModel, *, itemsize: int) -> int:
     """Return how many bytes of each token are alive while a fused block is computed, beside what blocks keep."""
     parts = (_current_parts(layer) for layer in iter_fused_layers(model))
-    return itemsize * max((part.passing_numbers for part in parts if part is not None), default=0)
+    return itemsize * max((part.sizes.passing_numbers for part in parts if part is not None), default=0)
 
 
 def has_fixed_angles(model: PreTrainedModel) -> bool:

@@ -44,9 +44,10 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from halfbyte.memory.activation_policy import Policy
 from halfbyte.nn.decoder_block_backward import attention_backward, mlp_backward
 from halfbyte.nn.decoder_block_forward import attention_forward, mlp_again, mlp_forward, place_heads, project_heads
-from halfbyte.nn.decoder_block_parts import Attend, AttentionState, BlockCall, BlockParts, MlpState, Policy
+from halfbyte.nn.decoder_block_parts import Attend, AttentionState, BlockCall, BlockParts, MlpState
 from halfbyte.ops.block_dropout import draw_block_dropout
 from halfbyte.ops.counter_dropout import DropoutSeeds
 

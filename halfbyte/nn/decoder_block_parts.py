@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from halfbyte.memory.activation_offload import ActivationOffload
+from halfbyte.memory.activation_policy import BlockSizes, Policy
 from halfbyte.nn.projection_group import ProjectionGroup
 from halfbyte.nn.streamed_block import StreamedBlock
 from halfbyte.ops.block_dropout import BlockDropout
@@ -20,16 +20,8 @@ from halfbyte.ops.workspace import Workspace
 
 # B rows, L tokens a row, T = B L tokens, D width, N query heads, K key heads, S = N + 2 K heads in all, H head width
 
-Policy = Literal["keep", "mlp", "offload", "block"]
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """q (B, N, L, H), k and v (B, K, L, H) -> (B, L, N, H)."""
-
-
-class KeptNumbers(NamedTuple):
-    """How many numbers a token a block keeps for its backward, those of ranks left out."""
-
-    device: int
-    host: int
 
 
 class GradientSums:
@@ -104,24 +96,17 @@ class BlockParts:
     def groups(self) -> tuple[ProjectionGroup, ...]:
         return self.qkv, self.o, self.gate_up, self.down
 
-    def kept_numbers(self, policy: Policy) -> KeptNumbers:
-        """Return what a block keeps. Beside it, offloading has the tensors of two blocks on the device at a time."""
-        width, qkv = self.qkv.in_features, self.qkv.out_features
-        if policy == "block":
-            return KeptNumbers(device=width, host=0)
-        if policy == "offload":
-            return KeptNumbers(device=0, host=width + qkv)
-        heads = qkv + self.o.in_features
-        if self.q_norm is not None:
-            heads += (self.query_heads + self.key_heads) * self.head_width
-        return KeptNumbers(device=2 * width + heads + (self.gate_up.out_features if policy == "keep" else 0), host=0)
-
     @property
-    def passing_numbers(self) -> int:
-        """How many numbers a token are alive while this block is computed, beside what blocks keep."""
-        products = self.qkv.out_features + self.gate_up.out_features
-        # A group's input or its gradient, and the adapter's share of that; h, y, and the gradients of x, h and y.
-        return products + 2 * self.down.in_features + 5 * self.qkv.in_features
+    def sizes(self) -> BlockSizes:
+        """Numbers a token that its parts take and give."""
+        heads = 0 if self.q_norm is None else self.query_heads + self.key_heads
+        return BlockSizes(
+            width=self.qkv.in_features,
+            qkv_width=self.qkv.out_features,
+            attention_width=self.o.in_features,
+            normed_width=heads * self.head_width,
+            ff_width=self.down.in_features,
+        )
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -10,9 +10,6 @@ bytes that autograd keeps, which grow in proportion to tokens. The micro-batch a
 
 from __future__ import annotations
 
-import itertools
-import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +18,14 @@ from transformers import PreTrainedModel
 
 from halfbyte.data.packing import IGNORE_INDEX
 from halfbyte.device import available_bytes
+from halfbyte.memory.activation_policy import (
+    POLICY_TEXTS,
+    KeptNumbers,
+    Policy,
+    bytes_in_flight,
+    describe_policies,
+    plan_policies,
+)
 from halfbyte.models.fused_layers import (
     kept_bytes_per_token,
     offload_of,
@@ -30,18 +35,10 @@ from halfbyte.models.fused_layers import (
 from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.modes import train_mode
 from halfbyte.models.packed_inputs import compute_dtype_of
-from halfbyte.nn.decoder_block_parts import KeptNumbers, Policy
 from halfbyte.train.loss import LossPath
 
 Checkpointing = bool | Literal["auto", "offload"]
 PROBE_TOKENS = 64
-# From the fastest, which keeps most.
-POLICY_TEXTS: dict[Policy, str] = {
-    "keep": "all kept",
-    "mlp": "kept but for gate and up, which are computed again",
-    "offload": "in host memory, but for what follows from attention's input, which is computed again",
-    "block": "computed again from the block's input",
-}
 # Gradients and temporaries live beside what is kept, and another program may want memory too.
 TEMPORARY_SHARE = 1.3
 USABLE_SHARE = 0.8
@@ -106,7 +103,7 @@ def choose_policy_(model: PreTrainedModel, *, wanted: Checkpointing, num_tokens:
     policies = plan_policies(kept, room, ladder=_choose_ladder(device, wanted))
     set_policy(model, policies)
     taken = [kept[policy][index] for index, policy in enumerate(policies)]
-    needed = (sum(one.device for one in taken) + _on_the_way(taken) + passing) * num_tokens * UNFILLED_SHARE
+    needed = (sum(one.device for one in taken) + bytes_in_flight(taken) + passing) * num_tokens * UNFILLED_SHARE
     on_host = sum(one.host for one in taken) * num_tokens
     return (
         f"activations: {describe_policies(policies)}{', as set' if wanted == 'offload' else ''}; with {num_tokens} "
@@ -121,55 +118,6 @@ def _choose_ladder(device: torch.device, wanted: Checkpointing) -> tuple[Policy,
         return ("offload", "block")
     # On a CPU there is one memory, and no use in putting away.
     return ("keep", "mlp", "block") if device.type == "cpu" else ("keep", "mlp", "offload", "block")
-
-
-def plan_policies(
-    kept: Mapping[Policy, Sequence[KeptNumbers]], room: KeptNumbers, *, ladder: Sequence[Policy]
-) -> list[Policy]:
-    """Return the fastest policy for each block that fits or, where nothing fits, what takes least of the device.
-
-    Blocks take one of two neighbours on the ladder: the later ones, whose backward comes first, the one that keeps
-    more. The last blocks' tensors live shortest, and those that are put away have the longest time to come back.
-
-    Args:
-        kept: Bytes a token that each block keeps on the device and on the host, by policy.
-        room: The same that there is room for.
-        ladder: From the policy that keeps most on the device.
-    """
-    num_blocks = len(kept[ladder[-1]])
-
-    def mix(more: Policy, less: Policy, room: KeptNumbers) -> list[Policy] | None:
-        for count in range(num_blocks, 0, -1):
-            policies = [less] * (num_blocks - count) + [more] * count
-            if _fits(policies, kept, room):
-                return policies
-        return None
-
-    for more, less in itertools.pairwise(ladder):
-        if (policies := mix(more, less, room)) is not None:
-            return policies
-    least = mix("offload", "block", room._replace(device=sys.maxsize)) if "offload" in ladder else None
-    return least or [ladder[-1]] * num_blocks
-
-
-def _fits(policies: Sequence[Policy], kept: Mapping[Policy, Sequence[KeptNumbers]], room: KeptNumbers) -> bool:
-    taken = [kept[policy][index] for index, policy in enumerate(policies)]
-    device = sum(one.device for one in taken) + _on_the_way(taken)
-    return device <= room.device and sum(one.host for one in taken) <= room.host
-
-
-def _on_the_way(taken: Sequence[KeptNumbers]) -> int:
-    """Return what is on the device of that which is put away: the tensors of two blocks."""
-    return sum(sorted((one.host for one in taken), reverse=True)[:2])
-
-
-def describe_policies(policies: Sequence[Policy]) -> str:
-    """Return what blocks keep, for people."""
-    runs = [(policy, len(list(group))) for policy, group in itertools.groupby(policies)]
-    if len(runs) == 1:
-        return POLICY_TEXTS[runs[0][0]]
-    first, last = runs[0], runs[-1]
-    return f"of the first {first[1]} blocks {POLICY_TEXTS[first[0]]}, of the last {last[1]} {POLICY_TEXTS[last[0]]}"
 
 
 def measure_kept_bytes(model: PreTrainedModel, loss_path: LossPath) -> int:

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from halfbyte.memory.activation_policy import KeptNumbers, Policy
 from halfbyte.models.fused_layers import (
     fuse_layers_,
     iter_fused_layers,
     kept_bytes_per_token,
     passing_bytes_per_token,
 )
-from halfbyte.nn.decoder_block_parts import KeptNumbers, Policy
 from halfbyte.train.activations import (
     PROBE_TOKENS,
     _droppable_by_control_group,

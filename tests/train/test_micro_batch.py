@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from halfbyte.memory.activation_policy import Policy
 from halfbyte.models.fused_layers import fuse_layers_, set_policy
 from halfbyte.nn import LoraSpec, iter_trainable
-from halfbyte.nn.decoder_block_parts import Policy
 from halfbyte.train.batches import BatchOptions, iter_batches, move_batch
 from halfbyte.train.loss import LossPath
 from halfbyte.train.micro_batch import MicroBatches, pad_micro_batch

@@ -1,0 +1,79 @@
+"""What a run asks for, and what a plan may choose: the two things that bytes and seconds follow from."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Literal
+
+from halfbyte.errors import PlanError
+from halfbyte.memory.activation_policy import Policy
+from halfbyte.memory.model_shape import PROJECTIONS
+
+DEFAULT_SLOTS = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RunShape:
+    """What is asked for, and not the planner's to change."""
+
+    row_tokens: int = 1024
+    """Tokens of a row."""
+    batch_rows: int = 4
+    """Rows of an optimizer step."""
+    rank: int = 16
+    """Of every adapter."""
+    targets: tuple[str, ...] = PROJECTIONS
+    """The projections of a block that have one."""
+    in_4bit: bool = True
+    """Whether frozen linear weights are; if not, they take the compute dtype."""
+    block_size: int = 64
+    """Weights that share a scale."""
+    double_quant: bool = True
+    """Whether scales are kept in 8 bits."""
+    compute_bytes: Literal[2, 4] = 2
+    """Of a number in the dtype that products run in."""
+    state_bits: Literal[8, 32] = 8
+    """Of a moment of the optimizer."""
+    pages_optimizer: bool = False
+    """Whether its moments live in host memory."""
+    drops: bool = True
+    """Whether adapters drop elements of their input."""
+    fp8: bool = False
+    """Whether frozen weights are multiplied in fp8."""
+    fused: bool = True
+    """Whether fused blocks compute the layers; if not, figures are rougher."""
+    expandable_segments: bool = True
+    """Whether torch's allocator on a GPU may grow its segments."""
+
+    def __post_init__(self) -> None:
+        unknown = set(self.targets) - set(PROJECTIONS)
+        if unknown:
+            raise PlanError(f"a plan knows the projections {', '.join(PROJECTIONS)}; not {', '.join(sorted(unknown))}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """What a plan chooses."""
+
+    rows: int
+    """Rows of a micro-batch."""
+    policies: tuple[tuple[Policy, int], ...]
+    """Runs of blocks from the first: what each keeps, and how many."""
+    streamed_blocks: int = 0
+    """Blocks whose 4-bit weights live in host memory, evenly spread."""
+    slots: int = DEFAULT_SLOTS
+    """Blocks that are on the device at a time, of those."""
+    embedding_on_host: bool = False
+    """Whether rows of the embedding are read from host memory."""
+
+    @property
+    def policy_of_blocks(self) -> tuple[Policy, ...]:
+        """What each block keeps, in order."""
+        return tuple(itertools.chain.from_iterable([policy] * count for policy, count in self.policies))
+
+
+def runs_of(less: Policy, more: Policy, *, layers: int, count: int) -> tuple[tuple[Policy, int], ...]:
+    """Return the runs of blocks of which the last `count` keep more."""
+    runs: tuple[tuple[Policy, int], ...] = ((less, layers - count), (more, count))
+    return tuple(run for run in runs if run[1])
