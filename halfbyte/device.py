@@ -31,8 +31,12 @@ if TYPE_CHECKING:
 
 CPU_INFO = Path("/proc/cpuinfo")
 PROCESS_STATUS = Path("/proc/self/status")
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 # x86 names its flags avx512_bf16 and amx_bf16, Linux on ARM calls the feature bf16.
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+# Where torch's allocator on a GPU is set up: newer releases read the first, all of them the second.
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+EXPANDABLE_SEGMENTS = "expandable_segments:True"
 # From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
@@ -187,6 +191,33 @@ def peak_resident_bytes() -> int:
 
     # Bytes on macOS, KiB on other systems.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that a process can still take on the device."""
+    import torch
+
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        if (share := getattr(torch.cuda, "get_per_process_memory_fraction", None)) is not None:
+            free = min(free, int(share(device) * total) - torch.cuda.memory_reserved(device))
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    limit = _free_by_control_group()
+    return available_bytes() if limit is None else min(available_bytes(), limit)
+
+
+def _free_by_control_group() -> int | None:
+    """Return what a container's limit leaves, None where there is no limit."""
+    limit, used = CONTROL_GROUP / "memory.max", CONTROL_GROUP / "memory.current"
+    if not limit.exists() or not used.exists() or limit.read_text().strip() == "max":
+        return None
+    return max(int(limit.read_text()) - int(used.read_text()) + _droppable_by_control_group(used.parent), 0)
+
+
+def _droppable_by_control_group(folder: Path) -> int:
+    """Return the bytes of files read that count as used, and that the system drops when memory is asked for."""
+    counts = dict(line.split(" ", 1) for line in (folder / "memory.stat").read_text().splitlines())
+    return int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0))
 
 
 def available_bytes() -> int:

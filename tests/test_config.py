@@ -307,7 +307,8 @@ def test_list_options_documents_every_option() -> None:
     [
         ("lora.rnk", "lora.rank"),
         ("rank", "lora.rank"),
-        ("lora.batch_size", "train.per_device_train_batch_size"),
+        ("lora.batch_size", "train.batch_size"),
+        ("lora.device_train_batch_size", "train.per_device_train_batch_size"),
         ("train.epochs", "train.num_train_epochs"),
         ("trian.seed", "train.seed"),
         ("data.max_len", "data.max_length"),

@@ -162,3 +162,13 @@ def test_default_compute_dtype_follows_the_capability() -> None:
     assert device.default_compute_dtype(gpu) == (torch.bfloat16 if ampere else torch.float16)
     assert device.resolve_device("cuda") == torch.device("cuda", 0)
     assert torch.cuda.get_device_name(gpu) in str(device.describe_machine())
+
+
+def test_files_read_do_not_count_as_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "CONTROL_GROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("900000\n")
+    (tmp_path / "memory.stat").write_text("anon 77\nfile 1200\ninactive_file 1000\nactive_file 150\n")
+    assert device.free_bytes(torch.device("cpu")) == 101150
+    (tmp_path / "memory.max").write_text("max\n")
+    assert device.free_bytes(torch.device("cpu")) > 101150

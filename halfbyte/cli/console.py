@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from typing import TYPE_CHECKING
+
+from halfbyte.device import ALLOCATOR_VARIABLES, EXPANDABLE_SEGMENTS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,6 +25,15 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     warnings.filterwarnings("ignore", module=CHATTY_LIBRARIES)
+
+
+def let_segments_grow() -> None:
+    """Let torch's allocator on a GPU grow its segments, unless the person has set it up otherwise.
+
+    With fixed ones up to a fifth more is reserved than used (docs/memory.md). torch reads this when it starts.
+    """
+    if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ[ALLOCATOR_VARIABLES[-1]] = EXPANDABLE_SEGMENTS
 
 
 def progress_console() -> Console:

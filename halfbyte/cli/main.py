@@ -16,6 +16,7 @@ from halfbyte.errors import ConfigError, HalfbyteError
 
 COMMANDS = {
     "train": "fine-tune a model on examples",
+    "plan": "say what fits a GPU before a run, how fast, and what to change",
     "data": "show what the model will see of the examples",
     "chat": "talk to a tuned model",
     "generate": "answer prompts with a tuned model",

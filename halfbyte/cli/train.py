@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 
 from halfbyte.cli.arguments import CommandParser, add_override
-from halfbyte.cli.console import progress_console
+from halfbyte.cli.console import let_segments_grow, progress_console
 from halfbyte.config.load import load_config
 from halfbyte.config.output import resolve_output_dir
 
-SECTIONS = ("model", "quant", "lora", "data", "train", "output_dir")
+SECTIONS = ("model", "quant", "lora", "data", "train", "memory", "output_dir")
 EXAMPLES = """
 examples:
   halfbyte train HuggingFaceTB/SmolLM2-135M-Instruct tickets.jsonl
@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     add_override(args, "train.overwrite", "true" if args.overwrite else None)
     config = resolve_output_dir(load_config(path, args.overrides))
 
+    let_segments_grow()
     from halfbyte.train import run_training
 
     run_training(config, console=progress_console())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from halfbyte.config.data import DataSection
 from halfbyte.config.load import load_config, save_run_config, to_yaml
 from halfbyte.config.lora import LoraSection
+from halfbyte.config.memory import MemorySection
 from halfbyte.config.model import ModelSection, QuantSection
 from halfbyte.config.output import holds_run, last_checkpoint, resolve_output_dir
 from halfbyte.config.run import RunConfig
@@ -13,6 +14,7 @@ from halfbyte.config.train import TrainSection
 __all__ = [
     "DataSection",
     "LoraSection",
+    "MemorySection",
     "ModelSection",
     "QuantSection",
     "RunConfig",

@@ -18,6 +18,9 @@ class TrainSection:
     """Times through the data; a part of an epoch is fine."""
     max_steps: int = option(-1, minimum=-1)
     """Optimizer steps in all, instead of epochs. -1: by epochs."""
+    batch_size: int | None = option(None, minimum=1)
+    """Rows an optimizer step, which the memory plan divides into micro-batches. none: by the next option and
+    gradient_accumulation_steps."""
     per_device_train_batch_size: int = option(4, minimum=1)
     """Rows a micro-batch: packed rows of data.max_length tokens, or padded examples."""
     per_device_eval_batch_size: int | None = option(None, minimum=1)
@@ -106,6 +109,10 @@ class TrainSection:
         check_section(self, "train")
         if self.max_steps == 0:
             raise ConfigError("train.max_steps is 0; allowed: -1 (by epochs), or at least 1")
+        if self.batch_size and self.gradient_accumulation_steps != 1:
+            raise ConfigError(
+                "the plan divides train.batch_size into micro-batches; leave train.gradient_accumulation_steps out"
+            )
         if self.bf16 and self.fp16:
             raise ConfigError("train.bf16 and train.fp16 are both true; choose one")
         if self.fp8 and not self.fused:

@@ -28,10 +28,11 @@ from typing import Protocol
 import torch
 
 from halfbyte.errors import PlanError
+from halfbyte.memory.run_shape import DEFAULT_SLOTS
 from halfbyte.memory.weight_slab import WeightSlab
 from halfbyte.quant.tensor import QuantizedTensor
 
-MIN_SLOTS, DEFAULT_SLOTS = 2, 3
+MIN_SLOTS = 2
 
 
 class Tenant(Protocol):

@@ -110,7 +110,7 @@ CARDS = (
 # What a card of a bare size is taken to do: a modest one of its size.
 SIZED = ((7, 40, 220, 13), (14, 45, 300, 20), (20, 70, 450, 20), (30, 100, 700, 25), (60, 120, 700, 25))
 LARGEST_SIZED = (250, 1500, 25)
-NOISE = re.compile(r"nvidia|geforce|tesla|quadro|generation|graphics|gpu|hbm\w*|\bada\b|-|_|\(|\)|80gb pcie$")
+NOISE = re.compile(r"nvidia|geforce|tesla|quadro|generation|graphics|gpu|hbm\w*|sxm\d*|\bada\b|-|_|\(|\)")
 
 
 def find_card(text: str) -> Card:

@@ -28,8 +28,10 @@ GRID_POINTS = 17
 MARGIN = 0.02
 # Differences that are worth being told: a cheaper plan takes so much less, a faster one so much less time.
 LESS_BYTES, LESS_SECONDS = 0.9, 0.95
-# What lives on the device cannot be late: at equal time nothing visits. Shares of the time.
-VISITING_PENALTY, HOST_EMBEDDING_PENALTY = 0.002, 0.001
+# What lives on the device cannot be late: at equal time nothing visits. Shares of the time, the first for all blocks.
+VISITING_PENALTY, HOST_EMBEDDING_PENALTY = 0.01, 0.001
+# Memory is not taken for nothing: all of it has to bring so much, as a share of the time.
+MEMORY_PENALTY = 0.005
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,10 +66,15 @@ class Candidate:
     time: StepTime
 
     @property
-    def cost(self) -> float:
-        """Seconds of a step, and a little more for what may be late."""
-        visits = VISITING_PENALTY * (self.choice.streamed_blocks > 0)
-        return self.time.seconds * (1 + visits + HOST_EMBEDDING_PENALTY * self.choice.embedding_on_host)
+    def taken_bytes(self) -> int:
+        """What it takes of the device or, without a GPU, of the host."""
+        return self.ledger.device_bytes or self.ledger.host_bytes
+
+    def cost(self, budget: Budget) -> float:
+        """Return the seconds of a step, and a little more for what may be late and for the memory it takes."""
+        visits = VISITING_PENALTY * self.choice.streamed_blocks / len(self.choice.policy_of_blocks)
+        memory = MEMORY_PENALTY * self.taken_bytes / (budget.device_bytes or budget.host_bytes)
+        return self.time.seconds * (1 + visits + HOST_EMBEDDING_PENALTY * self.choice.embedding_on_host + memory)
 
     def fits(self, budget: Budget) -> bool:
         """Say whether it does, with a margin on the device."""
@@ -147,7 +154,7 @@ class Search:
     def fastest(self, budget: Budget) -> Candidate | None:
         """Return the fastest candidate that fits, or None."""
         fitting = [candidate for candidate in self._grid if candidate.fits(budget)]
-        return self._refine(min(fitting, key=_rank), budget) if fitting else None
+        return self._refine(min(fitting, key=lambda one: one.cost(budget)), budget) if fitting else None
 
     def cheapest(self, budget: Budget) -> Candidate:
         """Return what takes least of the device among what host memory has room for, or of all."""
@@ -162,16 +169,16 @@ class Search:
             if one.time.seconds < LESS_SECONDS * best.time.seconds
             and (one.ledger.host_bytes <= budget.host_bytes or not self.card.is_gpu)
         ]
-        return min(faster, key=lambda one: (_taken(one), one.cost), default=None)
+        return min(faster, key=lambda one: (one.taken_bytes, one.time.seconds), default=None)
 
     def _refine(self, best: Candidate, budget: Budget) -> Candidate:
         """Walk block by block from a point of the grid to the best that fits around it."""
         for _ in range(2 * self.shape.layers):
             near = [self.evaluate(choice) for choice in self._neighbours(best.choice)]
-            better = [one for one in near if one.fits(budget) and _rank(one) < _rank(best)]
+            better = [one for one in near if one.fits(budget) and one.cost(budget) < best.cost(budget)]
             if not better:
                 break
-            best = min(better, key=_rank)
+            best = min(better, key=lambda one: one.cost(budget))
         return best
 
     def _neighbours(self, choice: Choice) -> Iterator[Choice]:
@@ -224,15 +231,6 @@ class Search:
         if self.shape.ties_embedding or not self.card.is_gpu:
             return [False]
         return [False, True] if self.pins.embedding_on_host is None else [self.pins.embedding_on_host]
-
-
-def _rank(candidate: Candidate) -> tuple[float, int, int]:
-    """Order candidates by time, to four digits, and where that is equal by what visits, and by what they take."""
-    return float(f"{candidate.cost:.4g}"), candidate.choice.streamed_blocks, _taken(candidate)
-
-
-def _taken(candidate: Candidate) -> int:
-    return candidate.ledger.device_bytes or candidate.ledger.host_bytes
 
 
 def _points(layers: int) -> list[int]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterator
+from typing import Any
 
 from halfbyte.errors import PlanError
 from halfbyte.memory.activation_policy import Policy
@@ -13,8 +13,6 @@ from halfbyte.memory.plan import NO_PINS, Candidate, MemoryPlan, Pins, make_plan
 from halfbyte.memory.run_shape import RunShape
 
 GIB, MIB = 2**30, 2**20
-UNITS = {"gib": GIB, "g": GIB, "gb": GIB, "mib": MIB, "m": MIB, "mb": MIB, "tib": 2**40, "tb": 2**40}
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)")
 MIN_ROW_TOKENS, MIN_RANK = 128, 4
 # Rows below it are added up.
 SMALL_SHARE = 0.004
@@ -26,18 +24,6 @@ POLICY_WORDS: dict[Policy, str] = {
 }
 CPU_GUESS = "a guess from the number of cores"
 GUESS = "scaled from an H100 by data sheets: a guess, within a third or so"
-
-
-def parse_size(text: str, *, option: str) -> int:
-    """Return the bytes that "8GiB", "24GB" or "500 MiB" mean; a GB of memory is 2^30 bytes, as its makers count.
-
-    Raises:
-        PlanError: It is no size.
-    """
-    match = SIZE.fullmatch(text.strip().lower())
-    if match is None or match[2] not in UNITS or float(match[1]) <= 0:
-        raise PlanError(f"{option} is {text!r}; write a size such as 8GiB, 24GB or 512MiB")
-    return int(float(match[1]) * UNITS[match[2]])
 
 
 def size_of(num_bytes: float) -> str:
@@ -92,6 +78,32 @@ def describe_speed(plan: MemoryPlan) -> str:
     bound = ", as fast as host and device exchange data" if time.link_bound else ""
     trust = "" if plan.card.is_measured else f" ({GUESS if plan.card.is_gpu else CPU_GUESS})"
     return f"speed: about {_speed(plan, plan.best)}, {time.seconds:.3g} s a step{bound}{trust}"
+
+
+def as_record(plan: MemoryPlan) -> dict[str, Any]:
+    """Return a plan for programs; bytes, seconds and tokens a second."""
+    candidates = {"best": plan.best, "cheaper": plan.cheaper, "faster": plan.faster}
+    return {
+        "model": dataclasses.asdict(plan.shape),
+        "run": dataclasses.asdict(plan.run),
+        "card": dataclasses.asdict(plan.card),
+        "budget": dataclasses.asdict(plan.budget),
+        "fits": plan.fits,
+        **{
+            name: None
+            if one is None
+            else {
+                "choice": dataclasses.asdict(one.choice),
+                "entries": [dataclasses.asdict(entry) for entry in one.ledger.entries],
+                "device_bytes": one.ledger.device_bytes,
+                "reserved_bytes": one.ledger.reserved_bytes,
+                "host_bytes": one.ledger.host_bytes,
+                "step_seconds": one.time.seconds,
+                "tokens_per_second": plan.tokens_per_second(one),
+            }
+            for name, one in candidates.items()
+        },
+    }
 
 
 def why_nothing_fits(plan: MemoryPlan, pins: Pins = NO_PINS) -> PlanError:

@@ -18,7 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from halfbyte.errors import ConfigError
-from halfbyte.memory.block_streamer import DEFAULT_SLOTS, BlockStreamer
+from halfbyte.memory.block_streamer import BlockStreamer
+from halfbyte.memory.run_shape import DEFAULT_SLOTS
 from halfbyte.memory.weight_slab import WeightSlab, allocate_pinned, slab_bytes
 from halfbyte.models.fused_layers import STREAMED, FusedLayer, iter_decoder_layers
 from halfbyte.nn.linear import Linear4bit

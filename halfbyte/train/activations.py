@@ -10,14 +10,14 @@ bytes that autograd keeps, which grow in proportion to tokens. The micro-batch a
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from halfbyte.data.packing import IGNORE_INDEX
-from halfbyte.device import available_bytes
+from halfbyte.device import free_bytes
 from halfbyte.memory.activation_policy import (
     POLICY_TEXTS,
     KeptNumbers,
@@ -75,7 +75,13 @@ def choose_checkpointing(
     )
 
 
-def choose_policy_(model: PreTrainedModel, *, wanted: Checkpointing, num_tokens: int) -> str:
+def choose_policy_(
+    model: PreTrainedModel,
+    *,
+    wanted: Checkpointing,
+    num_tokens: int,
+    planned: Sequence[Policy] | None = None,
+) -> str:
     """Set what the fused blocks of a model keep, and say what and why.
 
     Args:
@@ -83,6 +89,7 @@ def choose_policy_(model: PreTrainedModel, *, wanted: Checkpointing, num_tokens:
         wanted: False keeps everything, True recomputes every block, "offload" puts away as much as fits into host
             memory, "auto" takes the fastest that fits.
         num_tokens: Tokens of the largest micro-batch.
+        planned: What a plan has chosen for each block.
     """
     checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     for module in checkpointed:
@@ -91,6 +98,9 @@ def choose_policy_(model: PreTrainedModel, *, wanted: Checkpointing, num_tokens:
         policy: Policy = "block" if checkpointed or wanted else "keep"
         set_policy(model, policy)
         return f"activations: {POLICY_TEXTS[policy]}, as {'the model has it' if checkpointed else 'set'}"
+    if planned is not None:
+        set_policy(model, planned)
+        return f"activations: {describe_policies(planned)}, as planned"
     # What an earlier choice has pinned is free for this one.
     offload_of(model).release()
     device = compute_device_of(model)
@@ -144,28 +154,3 @@ def measure_kept_bytes(model: PreTrainedModel, loss_path: LossPath) -> int:
     # The graph holds what was counted until here: an address freed early would be counted once for two tensors.
     del loss
     return sum(kept.values())
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return the bytes that a process can still take on the device."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        if (share := getattr(torch.cuda, "get_per_process_memory_fraction", None)) is not None:
-            free = min(free, int(share(device) * total) - torch.cuda.memory_reserved(device))
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    limit = _free_by_control_group()
-    return available_bytes() if limit is None else min(available_bytes(), limit)
-
-
-def _free_by_control_group() -> int | None:
-    """Return what a container's limit leaves, None where there is no limit."""
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if not limit.exists() or not used.exists() or limit.read_text().strip() == "max":
-        return None
-    return max(int(limit.read_text()) - int(used.read_text()) + _droppable_by_control_group(used.parent), 0)
-
-
-def _droppable_by_control_group(folder: Path) -> int:
-    """Return the bytes of files read that count as used, and that the system drops when memory is asked for."""
-    counts = dict(line.split(" ", 1) for line in (folder / "memory.stat").read_text().splitlines())
-    return int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0))

@@ -103,6 +103,12 @@ def iter_batches(examples: Sequence[TokenizedExample], options: BatchOptions, *,
         yield loader.collate_fn([loader.dataset[index] for index in indices])
 
 
+def largest_batch(examples: Sequence[TokenizedExample], options: BatchOptions, batch_size: int) -> Batch:
+    """Return a padded batch than which none of these examples can give a larger one."""
+    longest = sorted(examples, key=len, reverse=True)[:batch_size]
+    return _Collate(options.pad_id)(longest)
+
+
 def pad_id_of(tokenizer: Any) -> int:
     """Return the token to fill rows with: the pad token, or any other, since what is filled is never a target."""
     ids = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None), 0)

@@ -80,7 +80,7 @@ class ProgressLine(TrainerCallback):
         if self._progress is not None:
             self._progress.update(self._task, figures=figures)
         else:
-            self._say(f"step {state.global_step}/{state.max_steps}  {figures}  {self._time_left(state)} left")
+            self.say(f"step {state.global_step}/{state.max_steps}  {figures}  {self._time_left(state)} left")
 
     def on_evaluate(
         self,
@@ -91,13 +91,13 @@ class ProgressLine(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if metrics and "eval_loss" in metrics:
-            self._say(
+            self.say(
                 f"step {state.global_step}/{state.max_steps}  held-out loss {metrics['eval_loss']:.4f}, "
                 f"perplexity {metrics['eval_perplexity']:.2f}"
             )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._say(f"step {state.global_step}/{state.max_steps}  saved checkpoint-{state.global_step}")
+        self.say(f"step {state.global_step}/{state.max_steps}  saved checkpoint-{state.global_step}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -110,7 +110,8 @@ class ProgressLine(TrainerCallback):
             self._progress.stop()
             self._progress = None
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Print a line, above the bar where there is one."""
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _time_left(self, state: TrainerState) -> str:

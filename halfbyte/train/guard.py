@@ -96,6 +96,10 @@ class StepGuard:
         if not self.is_late and not math.isfinite(loss.item()):
             raise _diverged(step, self._batches)
 
+    def restart_step(self) -> None:
+        """Forget the micro-batches that were seen since the last step: they come again."""
+        self._batches = []
+
     @torch.no_grad()
     def close_step(self, step: int) -> torch.Tensor:
         """Prepare the optimizer for its step, and return the norm of the gradient before clipping.

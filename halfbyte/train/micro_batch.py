@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from halfbyte.device import free_bytes
+from halfbyte.memory.block_streamer import BlockStreamer
 from halfbyte.models.attention import PACKED_ATTENTION, DocumentLayout, has_varlen_attention
 from halfbyte.models.fused_layers import (
     dropout_seeds_of,
@@ -42,7 +44,6 @@ from halfbyte.models.streaming import streamer_of
 from halfbyte.nn import iter_trainable
 from halfbyte.nn.convert import workspace_of
 from halfbyte.ops.cross_entropy import IGNORED_LABEL
-from halfbyte.train.activations import free_bytes
 from halfbyte.train.batches import Batch, move_batch
 from halfbyte.train.loss import LossPath
 
@@ -91,7 +92,6 @@ class MicroBatches:
         self.parameters = [parameter for _, parameter in iter_trainable(model)]
         self.seeds = dropout_seeds_of(model) if is_fused and on_gpu else None
         self.offload = offload_of(model) if is_fused else None
-        self.streamer = streamer_of(model)
         self._base = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._num_items = torch.ones((), device=self.device)
         self._gradients: list[torch.Tensor] = []
@@ -100,6 +100,11 @@ class MicroBatches:
         self._addresses: tuple[int, ...] = ()
         self._generation = -1
         self._pool_bytes = 0
+
+    @property
+    def streamer(self) -> BlockStreamer | None:
+        """What brings weights to the device, if some live elsewhere by now."""
+        return streamer_of(self.model)
 
     def run(
         self,

@@ -1,6 +1,6 @@
 """A whole run: a model and a file of examples in, a tuned model out.
 
-    load -> read, split, tokenise -> attach adapters -> measure -> train -> measure again -> summary
+    plan -> load -> read, split, tokenise -> attach adapters -> measure -> train -> measure again -> summary
 
 Everything a run leaves is in its output folder: adapter and tokenizer, run.yaml, summary.json, logs/, checkpoint-N/.
 """
@@ -20,6 +20,7 @@ from halfbyte.device import keep_freed_memory, resolve_device
 from halfbyte.nn import adapters_disabled
 from halfbyte.train.callbacks import ProgressLine
 from halfbyte.train.evaluate import HeldOut
+from halfbyte.train.planning import plan_run
 from halfbyte.train.samples import Sample, answer_questions, choose_questions
 from halfbyte.train.setup import RunData, attach, build_arguments, load_base, load_data, prepare_folder
 from halfbyte.train.summary import Comparison, Summary, make_summary, print_summary
@@ -50,9 +51,13 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
     started = time.perf_counter()
     console = console or Console(stderr=True, highlight=False)
     config = resolve_output_dir(config)
-    if resolve_device(config.model.device).type == "cpu":
+    device = resolve_device(config.model.device)
+    if device.type == "cpu":
         keep_freed_memory()
-    loaded = load_base(config, console)
+    planned = plan_run(config, device)
+    config = planned.config
+    _say(console, planned.text)
+    loaded = load_base(config, console, residency=planned.residency)
     _say(console, loaded.report)
     data = load_data(config, loaded.tokenizer, console)
     spec, report = attach(loaded.model, config)
@@ -74,6 +79,7 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
             fused=config.train.fused,
             cuda_graphs=config.train.cuda_graphs,
             fp8=config.train.fp8,
+            policies=planned.policies,
         ),
     )
     for line in (*trainer.notes, trainer.describe_plan(), f"writing to {folder}"):

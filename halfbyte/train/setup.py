@@ -29,6 +29,7 @@ from halfbyte.models import LoadedModel, load_model
 from halfbyte.models.adapter_config import read_adapter_config, spec_from_adapter_config
 from halfbyte.models.adapter_files import find_adapter_weights, load_adapter
 from halfbyte.models.attention import PACKED_ATTENTION
+from halfbyte.models.streaming import ON_DEVICE, Residency
 from halfbyte.nn import AdapterReport, LoraSpec, attach_adapters
 from halfbyte.quant import QuantSpec
 from halfbyte.train.arguments import HalfbyteArguments
@@ -49,6 +50,7 @@ NOT_ARGUMENTS = {
     "fused",
     "cuda_graphs",
     "fp8",
+    "batch_size",
 }
 
 
@@ -77,8 +79,14 @@ def prepare_folder(config: RunConfig) -> Path:
     return folder
 
 
-def load_base(config: RunConfig, console: Console) -> LoadedModel:
-    """Load the base model as the config says, with our attention unless it names another."""
+def load_base(config: RunConfig, console: Console, *, residency: Residency = ON_DEVICE) -> LoadedModel:
+    """Load the base model as the config says, with our attention unless it names another.
+
+    Args:
+        config: Of the run.
+        console: Is shown the progress.
+        residency: Which weights live in host memory.
+    """
     path = config.model.path
     with console.status(f"loading {path}") as status:
         loaded = load_model(
@@ -89,6 +97,7 @@ def load_base(config: RunConfig, console: Console) -> LoadedModel:
             allow_16bit_experts=config.model.allow_16bit_experts,
             attn_implementation=config.model.attention or PACKED_ATTENTION,
             revision=config.model.revision,
+            residency=residency,
             on_progress=lambda done, total: status.update(f"loading {path}: {done / max(total, 1):.0%}"),
         )
     _check_context(loaded.model, config)

@@ -13,11 +13,11 @@ Nothing waits for the device in a micro-batch, and a step waits only for the one
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from halfbyte.models.adapter_files import save_adapter
 from halfbyte.models.fused_layers import fuse_layers_
 from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.packed_inputs import compute_dtype_of, prove_causality, prove_isolation
-from halfbyte.nn import LoraSpec, iter_trainable
+from halfbyte.nn import iter_trainable
 from halfbyte.nn.attach import count_parameters
 from halfbyte.optim import build_optimizer
 from halfbyte.train import checkpoint as files
@@ -47,6 +47,7 @@ from halfbyte.train.batches import (
     build_loader,
     fingerprint_examples,
     iter_batches,
+    largest_batch,
     move_batch,
     pad_id_of,
 )
@@ -58,24 +59,8 @@ from halfbyte.train.guard import DivergedError, LossScaler, StepGuard
 from halfbyte.train.loss import LossPath
 from halfbyte.train.meter import Meter
 from halfbyte.train.micro_batch import MicroBatches
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TrainerOptions:
-    """What this trainer asks for beyond transformers' arguments."""
-
-    row_tokens: int | None = None
-    """Pack examples into rows of this many tokens; None pads each batch to its longest."""
-    base_model: str | None = None
-    """Name or folder of the base model, written into the adapter's files; None takes the model's own."""
-    lora: LoraSpec | None = None
-    """How the adapters were attached, written likewise; None reads it off the model."""
-    fused: bool = True
-    """Let fused blocks compute the decoder layers, where all of them fit."""
-    cuda_graphs: bool = True
-    """On a GPU, launch the kernels of a micro-batch through fused blocks as one graph."""
-    fp8: bool = False
-    """Have fused blocks multiply frozen weights in fp8; refused where that cannot be."""
+from halfbyte.train.options import DEFAULT_OPTIONS, TrainerOptions
+from halfbyte.train.relief import Relief
 
 
 class HalfbyteTrainer(Trainer):
@@ -113,7 +98,7 @@ class HalfbyteTrainer(Trainer):
         eval_dataset: Sequence[TokenizedExample] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: Sequence[TrainerCallback] = (),
-        options: TrainerOptions = TrainerOptions(),
+        options: TrainerOptions = DEFAULT_OPTIONS,
         **others: Any,
     ) -> None:
         refuse_ignored(others)
@@ -154,16 +139,23 @@ class HalfbyteTrainer(Trainer):
         self.guard: StepGuard | None = None
         self.scaler = LossScaler(self.model_device) if compute_dtype_of(model) == torch.float16 else None
         self._trainable_count, self._total_count = count_parameters(model)
-        num_tokens = self._largest_batch_tokens()
-        if fusion is not None and fusion.num_fused:
-            on, note = False, choose_policy_(model, wanted=args.checkpointing, num_tokens=num_tokens)
+        self._choose_activations(args, is_fused=fusion is not None and fusion.num_fused > 0)
+        self.micro_batches = MicroBatches(model, self.loss_path, as_graphs=options.cuda_graphs)
+        if self.micro_batches.as_graphs:
+            self.notes.append("kernels of a micro-batch: launched as one graph, from the second of each shape on")
+        self.relief = Relief(self.micro_batches, num_tokens=self._largest_batch_tokens(), tell=self._tell)
+
+    def _choose_activations(self, args: HalfbyteArguments, *, is_fused: bool) -> None:
+        """Decide what the backward finds, and note it."""
+        model, num_tokens, on = self.model, self._largest_batch_tokens(), False
+        if is_fused:
+            note = choose_policy_(
+                model, wanted=args.checkpointing, num_tokens=num_tokens, planned=self.options.policies
+            )
         else:
             on, note = choose_checkpointing(model, self.loss_path, wanted=args.checkpointing, num_tokens=num_tokens)
         args.set_checkpointing(on)
         self.notes.append(note)
-        self.micro_batches = MicroBatches(model, self.loss_path, as_graphs=options.cuda_graphs)
-        if self.micro_batches.as_graphs:
-            self.notes.append("kernels of a micro-batch: launched as one graph, from the second of each shape on")
 
     def batch_options(self) -> BatchOptions:
         """Return how examples become batches in this run."""
@@ -226,7 +218,9 @@ class HalfbyteTrainer(Trainer):
         self.meter.count(inputs)
         see = functools.partial(self.guard.see_loss, origins=inputs["origins"], step=self.state.global_step + 1)
         factor = None if self.scaler is None else self.scaler.scale
-        return self.micro_batches.run(inputs, num_items=num_items_in_batch, factor=factor, watch=see)
+        return self.relief.run(
+            inputs, num_items=num_items_in_batch, factor=factor, watch=see, again=self.guard.restart_step
+        )
 
     def compute_loss(
         self,
@@ -242,6 +236,7 @@ class HalfbyteTrainer(Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         assert self.guard is not None
         self.meter.num_steps += 1
+        self.relief.close_step()
         return self.guard.close_step(self.state.global_step + 1)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
@@ -258,6 +253,11 @@ class HalfbyteTrainer(Trainer):
         """
         if self.model_device.type == "cpu":
             keep_freed_memory()
+        if self.options.row_tokens is None and self.train_dataset:
+            self.model.train()
+            self.relief.rehearse(
+                largest_batch(self.train_dataset, self.batch_options(), self.args.per_device_train_batch_size)
+            )
         try:
             result = super().train(resume_from_checkpoint, *args, **options)
             assert self.guard is not None
@@ -313,10 +313,19 @@ class HalfbyteTrainer(Trainer):
         kind = f"rows of {self.options.row_tokens} tokens" if self.options.row_tokens else "padded examples"
         times = f"{args.gradient_accumulation_steps} x " if args.gradient_accumulation_steps > 1 else ""
         return (
-            f"plan: {steps} steps ({steps / per_epoch:.3g} epochs of {per_epoch}), each of "
+            f"run: {steps} steps ({steps / per_epoch:.3g} epochs of {per_epoch}), each of "
             f"{times}{args.per_device_train_batch_size} {kind}; {optimizer}, learning rate {args.learning_rate:g}, "
             f"{scheduler} after {args.get_warmup_steps(steps)} steps of warmup"
         )
+
+    def _tell(self, text: str) -> None:
+        """Say what happened beside what was planned: in the run's notes, and above the progress line."""
+        self.notes.append(text)
+        lines = [callback for callback in self.callback_handler.callbacks if isinstance(callback, ProgressLine)]
+        for line in lines:
+            line.say(text)
+        if not lines:
+            warnings.warn(text, stacklevel=2)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         raise ConfigError("predict() would hold all logits; use evaluate(), or halfbyte.models.generate")

@@ -10,7 +10,7 @@ from halfbyte.cli.arguments import CommandParser, add_override, make_parser, par
 from halfbyte.config.describe import list_options
 from halfbyte.errors import ConfigError
 
-ALL_SECTIONS = ("model", "quant", "lora", "data", "train", "output_dir")
+ALL_SECTIONS = ("model", "quant", "lora", "data", "train", "memory", "output_dir")
 
 
 @pytest.fixture

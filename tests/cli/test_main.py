@@ -43,8 +43,8 @@ def test_main_helps_with_every_command(halfbyte: Run, name: str) -> None:
     ("words", "message"),
     [
         (["trian"], "unknown command trian; did you mean train?"),
-        (["zzz"], "unknown command zzz; there are train, data, chat"),
-        (["--verbose"], "unknown command --verbose; there are train"),
+        (["zzz"], "unknown command zzz; there are train, plan, data"),
+        (["--verbose"], "unknown command --verbose; there are train, plan"),
         (["train"], "the following arguments are required: MODEL|RUN.yaml; see halfbyte train --help"),
         (["train", "m"], "data.train is not set"),
         (["train", "m", "d", "--lora.rnk=3"], "unknown option --lora.rnk; did you mean --lora.rank?"),

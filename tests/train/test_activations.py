@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -14,7 +12,6 @@ from halfbyte.models.fused_layers import (
 )
 from halfbyte.train.activations import (
     PROBE_TOKENS,
-    _droppable_by_control_group,
     choose_checkpointing,
     choose_policy_,
     describe_policies,
@@ -148,8 +145,3 @@ def test_plan_policies_recomputes_where_nothing_is_put_away() -> None:
 def test_describe_policies_names_first_and_last() -> None:
     assert describe_policies(["keep"] * 3) == "all kept"
     assert describe_policies(["block", "mlp", "mlp"]).startswith("of the first 1 blocks computed again")
-
-
-def test_files_read_do_not_count_as_used(tmp_path: Path) -> None:
-    (tmp_path / "memory.stat").write_text("anon 77\nfile 1200\ninactive_file 1000\nactive_file 150\n")
-    assert _droppable_by_control_group(tmp_path) == 1150

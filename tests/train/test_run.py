@@ -82,7 +82,8 @@ def test_run_training_leaves_everything_in_its_folder(model_folder: Path, data_f
     assert result.summary.held_out_after.loss == summary["held_out_after"]["loss"]
 
     shown = text.getvalue()
-    for words in ("20 rows", "in 4 bits", "adapters of rank 16", "plan: 4 steps", f"writing to {out}", "tokens/s"):
+    said = ("20 rows", "in 4 bits", "adapters of rank 16", "run: 4 steps", "plan: ", f"writing to {out}", "tokens/s")
+    for words in said:
         assert words in shown
     assert f"halfbyte merge {out}" in shown
     assert "<|im_start|>assistant\n[[It is 0.<|im_end|>" in shown
