@@ -34,8 +34,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Tra
 
 from halfbyte.data import TokenizedExample
 from halfbyte.device import default_compute_dtype, default_device, keep_freed_memory, peak_resident_bytes
+from halfbyte.memory.activation_policy import Policy
 from halfbyte.models import load_model
 from halfbyte.models.attention import PACKED_ATTENTION, register_packed_attention
+from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.nn import LoraSpec, attach_adapters, quantize_linears_
 from halfbyte.ops.e4m3 import why_no_fp8
 from halfbyte.quant import QuantSpec
@@ -76,6 +78,7 @@ class Setting:
     warmup_steps: float = 0.03
     fused: bool = True
     fp8: bool = False
+    policies: tuple[Policy, ...] | None = None
 
 
 class StepTimer(TrainerCallback):
@@ -152,12 +155,13 @@ def build_random_model(shape: dict[str, Any], device: torch.device) -> PreTraine
 def measure_speed(model: PreTrainedModel, setting: Setting) -> dict[str, object]:
     """Train on random tokens and return tokens a second and peak memory."""
     attach_adapters(model, LoraSpec(dropout=setting.dropout, seed=0))
-    device = next(model.parameters()).device
+    device = compute_device_of(model)
     vocabulary = model.config.vocab_size
     generator = np.random.default_rng(0)
     blocks = generator.integers(4, vocabulary, (setting.batch * setting.accumulation * setting.steps, setting.seq))
     reset_peak(device)
-    _, timer = train(model, blocks, setting)
+    trainer, timer = train(model, blocks, setting)
+    relieved = [note for note in trainer.notes if note.startswith("out of memory")]
     # The first two steps make state, grow buffers and choose kernels.
     steady = timer.seconds[2:] if len(timer.seconds) > 3 else timer.seconds
     tokens = setting.batch * setting.seq * setting.accumulation
@@ -179,12 +183,13 @@ def measure_speed(model: PreTrainedModel, setting: Setting) -> dict[str, object]
         "tok_s": round(tokens / statistics.mean(steady), 1),
         "loss": round(timer.losses[-1], 4),
         **memory,
+        **({"relieved": relieved} if relieved else {}),
     }
 
 
 def train(model: PreTrainedModel, blocks: np.ndarray, setting: Setting) -> tuple[HalfbyteTrainer, StepTimer]:
     """Train on blocks in their order, one a row, all tokens but the first of a row being targets."""
-    device = next(model.parameters()).device
+    device = compute_device_of(model)
     timer = StepTimer(device)
     with tempfile.TemporaryDirectory() as folder:
         args = HalfbyteArguments(
@@ -211,7 +216,9 @@ def train(model: PreTrainedModel, blocks: np.ndarray, setting: Setting) -> tuple
             args,
             train_dataset=to_examples(blocks),
             callbacks=[timer],
-            options=TrainerOptions(row_tokens=setting.seq, fused=setting.fused, fp8=setting.fp8),
+            options=TrainerOptions(
+                row_tokens=setting.seq, fused=setting.fused, fp8=setting.fp8, policies=setting.policies
+            ),
         )
         trainer.train()
     return trainer, timer
