@@ -3,8 +3,8 @@
     PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True python -m benchmarks.bench_plan --cases 65B:24,7B:6
 
 Random 4-bit weights, rank 16 on all projections, NF4 with double quantisation, paged 8-bit AdamW, 8 rows of 1024 tokens
-a step, in micro-batches of 4, dropout 0.05. The allocator may reserve the budget less the CUDA context, and enforces it.
-A row holds bytes and milliseconds as planned and as measured; tests/memory/measured_plans.json keeps them for the tests,
+a step, in micro-batches of 4, dropout 0.05. The allocator may reserve the budget less the CUDA context, no more.
+A row holds bytes and milliseconds, planned and measured; tests/memory/measured_plans.json keeps them for tests, and
 docs/memory.md for people. On a GPU only.
 """
 

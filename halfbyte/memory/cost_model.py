@@ -10,10 +10,8 @@ A pass through the blocks takes, on the compute stream,
 and beside it, on the link, each way on its own: slabs of weights that visit (both passes), activations that are put
 away (out in the forward, back in the backward). A pass takes the longest of the three.
 
-Constants were fitted to an H100 SXM (torch 2.11, micro-batches as CUDA graphs, 2026-11-24). Predicted against measured
-milliseconds, dropout 0.05, 4 x 1024 tokens unless said otherwise; cards of this type differ by 9% among themselves:
-
-@@TABLE@@
+Constants were fitted to an H100 SXM (torch 2.11, micro-batches as CUDA graphs, 2026-11-24): docs/memory.md has predicted
+beside measured times, which differ by 0.2 to 6.5%. Cards of that type differ by 9% among themselves.
 
 Other cards are scaled by their products, memory and link: a guess, within a third or so.
 

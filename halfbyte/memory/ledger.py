@@ -212,18 +212,19 @@ class LedgerMaker:
         if not self.run.fused:
             return self._generic_activations(policies, tokens)
         itemsize = self.run.compute_bytes
-        kept, host, peaks = 0, 0, []
+        kept, host, lingering, peaks = 0, 0, 0, []
         for policy, count in policies:
             numbers = self.sizes.kept_numbers(policy)
             narrow = self._narrow_bytes(policy, tokens)
             kept += count * (numbers.device * itemsize * tokens + narrow)
             put_away = numbers.host * itemsize * tokens
             host += count * put_away
-            in_flight = put_away * min(count, 2)
+            # The last that was put away is still there when blocks follow that keep theirs.
+            in_flight = put_away * min(count, 2) or lingering
+            lingering = put_away or lingering
             passing = self.sizes.backward_numbers(policy, attention_scratch=self._attention_scratch) * itemsize * tokens
             peaks.append((kept, in_flight, passing, "a block's backward"))
-        in_flight = self.sizes.kept_numbers(policies[-1][0]).host * itemsize * tokens
-        peaks.append((kept, in_flight, self._loss_bytes(tokens), "the loss"))
+        peaks.append((kept, lingering, self._loss_bytes(tokens), "the loss"))
         kept, in_flight, passing, when = max(peaks, key=lambda peak: sum(peak[:3]))
         entries = [Entry("activations kept", kept)]
         if host:

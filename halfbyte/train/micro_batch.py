@@ -219,21 +219,28 @@ class MicroBatches:
         sums.targets = dict(zip(self.parameters, self._gradients, strict=True))
         try:
             with torch.cuda.graph(graph, pool=pool):
-                loss = self.loss_path(inputs, num_items=self._num_items)
-                gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-                # Of parameters outside the blocks, which add theirs themselves.
-                pairs = [(sum_, g) for sum_, g in zip(self._gradients, gradients, strict=True) if g is not None]
-                if pairs:
-                    torch._foreach_add_([sum_ for sum_, _ in pairs], [g for _, g in pairs])
-                # A capture ends with one stream: whatever the copy stream still does is waited for.
-                self.offload.join()
-                if self.streamer is not None:
-                    self.streamer.forget()
+                try:
+                    loss = self._add_gradients(inputs)
+                finally:
+                    # A capture ends with one stream, also where memory runs out in it: whatever the copy streams still
+                    # do is waited for.
+                    self.offload.join()
+                    if self.streamer is not None:
+                        self.streamer.forget()
         finally:
             sums.targets = {}
-        del gradients, pairs
         self._pool_bytes += max(torch.cuda.memory_reserved(self.device) - before, 0)
         return _Recorded(graph, inputs, loss.detach(), self.offload.host_memory)
+
+    def _add_gradients(self, inputs: Batch) -> torch.Tensor:
+        """Compute a micro-batch without autograd's own sums, and return its loss."""
+        loss = self.loss_path(inputs, num_items=self._num_items)
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        # Of parameters outside the blocks, which add theirs themselves.
+        pairs = [(sum_, g) for sum_, g in zip(self._gradients, gradients, strict=True) if g is not None]
+        if pairs:
+            torch._foreach_add_([sum_ for sum_, _ in pairs], [g for _, g in pairs])
+        return loss
 
     def _place_gradients(self) -> None:
         """Have gradients summed where graphs add to them, from zero where the optimizer has taken them away."""
