@@ -24,6 +24,8 @@ class MemorySection:
     """Most that it may take of host memory. none: what is free."""
     streamed_blocks: int | None = option(None, minimum=0)
     """Decoder blocks whose 4-bit weights live in host memory and visit the GPU. none: as the plan has it."""
+    spill_folder: str | None = None
+    """Folder on a fast disk for weights that host memory has no room for. none: no weights in files."""
     embedding_on_host: bool | None = None
     """Keep the embedding in host memory, of which the GPU reads the rows it needs. none: as the plan has it."""
 

@@ -13,6 +13,9 @@ With three slots a copy has the time of two blocks, and so may be late for one o
 
 Whatever order blocks come in, the result is right: one that is not there is fetched and waited for.
 
+Slabs that live in files are read into pinned buffers by a thread, in the same order and further ahead; then the host
+waits for the disk where the disk is slower than computing, and no graph can be recorded.
+
 On a CPU slots are memory like the home of a block, and copies happen at once: for tests.
 
 Price: a block crosses the link once in each pass. It hides where computing it takes longer than that: 418 MB, a block
@@ -28,7 +31,8 @@ from typing import Protocol
 import torch
 
 from halfbyte.errors import PlanError
-from halfbyte.memory.run_shape import DEFAULT_SLOTS
+from halfbyte.memory.read_ahead import ReadAhead
+from halfbyte.memory.run_shape import DEFAULT_SLOTS, READ_BUFFERS
 from halfbyte.memory.weight_slab import WeightSlab
 from halfbyte.quant.tensor import QuantizedTensor
 
@@ -71,6 +75,12 @@ class BlockStreamer:
         self._slots: list[_Slot] = []
         self._views: dict[tuple[int, int], dict[str, QuantizedTensor]] = {}
         self._copies: torch.cuda.Stream | None = None
+        self._read_ahead: ReadAhead | None = None
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether the host has a part in bringing blocks, so that no graph can do it."""
+        return any(tenant.slab.is_on_disk for tenant in self._tenants)
 
     @property
     def slot_bytes(self) -> int:
@@ -95,9 +105,11 @@ class BlockStreamer:
             index: Number of the block.
             backward: Whether the one before it comes next, not the one after it.
         """
-        wanted = self._wanted(index, backward=backward)
+        wanted = self._wanted(index, backward=backward, count=self.num_slots)
+        self._begin_reading(self._wanted(index, backward=backward, count=self.num_slots + READ_BUFFERS))
         for one in wanted:
-            self._fetch(one, keep=wanted)
+            if one == index or self._is_at_hand(one):
+                self._fetch(one, keep=wanted)
         slot = self._slot_of(index)
         assert slot is not None
         if slot.arrived is not None:
@@ -118,10 +130,13 @@ class BlockStreamer:
         self.forget()
         self._slots.clear()
         self._views.clear()
+        if self._read_ahead is not None:
+            self._read_ahead.close()
+            self._read_ahead = None
 
-    def _wanted(self, index: int, *, backward: bool) -> list[int]:
-        """Return the blocks that are to be in the slots, the first being the one that is needed now."""
-        count = min(self.num_slots, len(self._tenants))
+    def _wanted(self, index: int, *, backward: bool, count: int) -> list[int]:
+        """Return the next blocks to be needed, the first being the one that is needed now."""
+        count = min(count, len(self._tenants))
         ahead = range(index, index - count, -1) if backward else range(index, index + count)
         return [one for one in ahead if 0 <= one < len(self._tenants)]
 
@@ -134,17 +149,44 @@ class BlockStreamer:
         slot = next(slot for slot in self._slots if slot.index is None or slot.index not in keep)
         self._vacate(slot)
         slab = self._tenants[index].slab
+        source = self._source_of(index, slab)
         if self.device.type == "cuda":
             if self._copies is None:
                 self._copies = torch.cuda.Stream(self.device)
             # Protects the slot's last block, which kernels launched before may still read.
             self._copies.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self._copies):
-                slot.memory[: slab.nbytes].copy_(slab.memory, non_blocking=True)
+                slot.memory[: slab.nbytes].copy_(source, non_blocking=True)
                 slot.arrived = self._copies.record_event()
         else:
-            slot.memory[: slab.nbytes].copy_(slab.memory)
+            slot.memory[: slab.nbytes].copy_(source)
+        if slab.is_on_disk:
+            assert self._read_ahead is not None
+            self._read_ahead.give_back(index, slot.arrived)
         slot.index = index
+
+    def _begin_reading(self, coming: Sequence[int]) -> None:
+        """Have those of the next blocks read that live in files and are not in the slots."""
+        missing = [one for one in coming if self._slot_of(one) is None]
+        slabs = [(one, slab) for one in missing if (slab := self._tenants[one].slab).is_on_disk]
+        if slabs and self._read_ahead is None:
+            largest = max(tenant.slab.nbytes for tenant in self._tenants if tenant.slab.is_on_disk)
+            self._read_ahead = ReadAhead(largest, is_pinned=self.device.type == "cuda")
+        if self._read_ahead is not None:
+            self._read_ahead.prepare(slabs)
+
+    def _is_at_hand(self, index: int) -> bool:
+        """Say whether a block can be fetched without waiting for a disk."""
+        if not self._tenants[index].slab.is_on_disk:
+            return True
+        return self._read_ahead is not None and self._read_ahead.has_arrived(index)
+
+    def _source_of(self, index: int, slab: WeightSlab) -> torch.Tensor:
+        """Return memory that a copy can be made from: the slab's own, or a buffer that it was read into."""
+        if not slab.is_on_disk:
+            return slab.memory
+        assert self._read_ahead is not None
+        return self._read_ahead.take(index, slab)
 
     def _make_slots(self) -> None:
         num_bytes = max(tenant.slab.nbytes for tenant in self._tenants)

@@ -10,8 +10,8 @@ A pass through the blocks takes, on the compute stream,
 and beside it, on the link, each way on its own: slabs of weights that visit (both passes), activations that are put
 away (out in the forward, back in the backward). A pass takes the longest of the three.
 
-Constants were fitted to an H100 SXM (torch 2.11, micro-batches as CUDA graphs, 2026-11-24): docs/memory.md has predicted
-beside measured times, which differ by 0.2 to 6.5%. Cards of that type differ by 9% among themselves.
+Constants were fitted to an H100 SXM (torch 2.11, micro-batches as CUDA graphs, 2026-11-24). docs/memory.md has times as
+predicted and as measured, which differ by 0.2 to 6.5%. Cards of that type differ by 9% among themselves.
 
 Other cards are scaled by their products, memory and link: a guess, within a third or so.
 
@@ -44,6 +44,8 @@ FP8_SPEEDUP = 1.31
 OUTER_PASSES = 30
 # Passes over the logits of a token beside the two products.
 LOGIT_PASSES = 3
+# Of a disk, read in large pieces: an ordinary NVMe drive.
+DISK_BYTES_PER_SECOND = 2.5e9
 # Bytes a second of state in pinned host memory that an optimizer step reads and writes, one way.
 PAGED_SHARE = 0.6
 
@@ -97,9 +99,12 @@ class CostModel:
             backward += count * one.backward
             put_away += count * self.ledgers.sizes.kept_numbers(policy).host * self.run.compute_bytes * tokens
         link = self.card.link_gbps * 1e9
-        visits = choice.streamed_blocks * self.ledgers.slab_bytes / link if self.card.is_gpu else 0.0
+        weights_from = DISK_BYTES_PER_SECOND if choice.spills else link
+        visits = choice.streamed_blocks * self.ledgers.slab_bytes / weights_from if self.card.is_gpu else 0.0
         out = put_away / link if self.card.is_gpu else 0.0
-        passes = max(forward, visits, out), max(backward, visits + out)
+        # Weights in files and what is put away do not share a way.
+        back = max(visits, out) if choice.spills else visits + out
+        passes = max(forward, visits, out), max(backward, back)
         outer = self._outer(tokens)
         return StepTime(
             micro_batch_seconds=sum(passes) + outer,

@@ -20,7 +20,7 @@ import math
 from halfbyte.memory.activation_policy import BlockSizes, Policy
 from halfbyte.memory.cards import Card
 from halfbyte.memory.model_shape import ModelShape
-from halfbyte.memory.run_shape import Choice, RunShape
+from halfbyte.memory.run_shape import READ_BUFFERS, Choice, RunShape
 
 MIB = 2**20
 ABSMAX_GROUP = 256
@@ -143,12 +143,14 @@ class LedgerMaker:
             entries.append(Entry("their scales", resident * self.scales_bytes))
         if choice.streamed_blocks:
             slots = min(choice.slots, choice.streamed_blocks)
+            at_home = min(READ_BUFFERS, choice.streamed_blocks) if choice.spills else choice.streamed_blocks
+            note = f", {at_home} buffers on the host, the rest in files" if choice.spills else ""
             entries.append(
                 Entry(
                     f"{what} of {choice.streamed_blocks} blocks that visit it",
                     slots * self.slab_bytes,
-                    choice.streamed_blocks * self.slab_bytes,
-                    f"{slots} slots on the device",
+                    at_home * self.slab_bytes,
+                    f"{slots} slots on the device{note}",
                 )
             )
         embedding = shape.embedding_weights * itemsize

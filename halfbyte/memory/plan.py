@@ -200,7 +200,10 @@ class Search:
         for rows, policies, count, on_host in itertools.product(
             self._rows(), mixes, self._visiting(points), self._embedding_places()
         ):
-            yield Choice(rows=rows, policies=policies, streamed_blocks=count, embedding_on_host=on_host)
+            for spills in (False, True) if self.run.may_spill and count else (False,):
+                yield Choice(
+                    rows=rows, policies=policies, streamed_blocks=count, embedding_on_host=on_host, spills=spills
+                )
 
     def _pairs(self) -> list[tuple[Policy, Policy]]:
         """Return pairs of policies, of which the last blocks have the first."""

@@ -59,7 +59,8 @@ def describe_choice(plan: MemoryPlan, candidate: Candidate) -> list[str]:
     micro_batches = -(-run.batch_rows // choice.rows)
     parts = [f"micro-batch: {choice.rows} x {run.row_tokens} tokens, {micro_batches} a step"]
     if choice.streamed_blocks:
-        parts.append(f"weights: {choice.streamed_blocks} of {plan.shape.layers} blocks visit from host memory")
+        source = "files" if choice.spills else "host memory"
+        parts.append(f"weights: {choice.streamed_blocks} of {plan.shape.layers} blocks visit from {source}")
     elif plan.card.is_gpu:
         parts.append("weights: all on the device")
     if choice.embedding_on_host:
@@ -75,7 +76,8 @@ def describe_choice(plan: MemoryPlan, candidate: Candidate) -> list[str]:
 def describe_speed(plan: MemoryPlan) -> str:
     """Return the predicted speed."""
     time = plan.best.time
-    bound = ", as fast as host and device exchange data" if time.link_bound else ""
+    way = "the disk gives weights" if plan.best.choice.spills else "host and device exchange data"
+    bound = f", as fast as {way}" if time.link_bound else ""
     trust = "" if plan.card.is_measured else f" ({GUESS if plan.card.is_gpu else CPU_GUESS})"
     return f"speed: about {_speed(plan, plan.best)}, {time.seconds:.3g} s a step{bound}{trust}"
 
@@ -146,6 +148,9 @@ def _changes(run: RunShape, pins: Pins, *, is_gpu: bool) -> Iterator[tuple[str, 
     elif run.state_bits == 32:
         run = dataclasses.replace(run, state_bits=8)
         yield "train.optim=adamw_8bit", run, pins
+    if is_gpu and run.in_4bit and not run.may_spill:
+        run = dataclasses.replace(run, may_spill=True)
+        yield "memory.spill_folder=FOLDER on a fast disk, for weights that host memory has no room for", run, pins
     while run.row_tokens // 2 >= MIN_ROW_TOKENS:
         run = dataclasses.replace(run, row_tokens=run.row_tokens // 2)
         yield f"data.max_length={run.row_tokens}", run, pins

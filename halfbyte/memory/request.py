@@ -49,6 +49,7 @@ def run_shape_of(config: RunConfig, *, compute_bytes: Literal[2, 4], expandable_
         fp8=train.fp8,
         fused=train.fused,
         expandable_segments=expandable_segments,
+        may_spill=config.memory.spill_folder is not None,
     )
 
 

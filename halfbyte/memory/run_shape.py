@@ -11,6 +11,8 @@ from halfbyte.memory.activation_policy import Policy
 from halfbyte.memory.model_shape import PROJECTIONS
 
 DEFAULT_SLOTS = 3
+# Slabs in files that are read into pinned memory ahead of their use.
+READ_BUFFERS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +47,8 @@ class RunShape:
     """Whether fused blocks compute the layers; if not, figures are rougher."""
     expandable_segments: bool = True
     """Whether torch's allocator on a GPU may grow its segments."""
+    may_spill: bool = False
+    """Whether weights of blocks may lie in files, for want of host memory."""
 
     def __post_init__(self) -> None:
         unknown = set(self.targets) - set(PROJECTIONS)
@@ -66,6 +70,8 @@ class Choice:
     """Blocks that are on the device at a time, of those."""
     embedding_on_host: bool = False
     """Whether rows of the embedding are read from host memory."""
+    spills: bool = False
+    """Whether the weights of blocks that visit lie in files."""
 
     @property
     def policy_of_blocks(self) -> tuple[Policy, ...]:

@@ -5,14 +5,20 @@
 A slab's home is host memory that the driver has pinned: the only kind that a GPU reads at the full speed of its link,
 and while it computes. Pinned is what the operating system gave us, page for page; torch's own pinned allocator would
 round 418 MB (a block of 65B) up to 512.
+
+Where host memory has no room for that, a slab's home is a file without a name, mapped: pages that the system needs for
+something else go back to the disk. Such slabs are read ahead, see `read_ahead`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import mmap
+import os
+import tempfile
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,16 +56,43 @@ class WeightSlab:
     Args:
         weights: By name. They stay as they are; their copies are `weights` of the slab.
         memory: uint8, at least `slab_bytes(weights)`; what is written to.
+        file: Descriptor of the file whose mapping the memory is, if it is one; the slab closes it.
     """
 
-    def __init__(self, weights: Mapping[str, QuantizedTensor], memory: torch.Tensor) -> None:
+    def __init__(
+        self, weights: Mapping[str, QuantizedTensor], memory: torch.Tensor, *, file: int | None = None
+    ) -> None:
         self._parts = _lay_out(weights)
         self._likes = dict(weights)
         self.nbytes = _end_of(self._parts)
-        self.memory = memory[: self.nbytes]
+        self.memory, self.file = memory[: self.nbytes], file
+        if file is not None:
+            weakref.finalize(self, os.close, file)
         for part in self._parts:
             part.view(self.memory).copy_(getattr(weights[part.weight], part.name))
         self.weights = self._likes = self.over(self.memory)
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether its home is a file, which a device cannot be fed from."""
+        return self.file is not None
+
+    def read_into(self, memory: torch.Tensor) -> None:
+        """Read the slab from its file.
+
+        Args:
+            memory: uint8 on the host, at least `nbytes`.
+
+        Raises:
+            OSError: The file cannot be read, or is shorter than it was.
+        """
+        assert self.file is not None
+        view, done = memory.numpy().data, 0
+        while done < self.nbytes:
+            count = os.preadv(self.file, [view[done : self.nbytes]], done)
+            if count == 0:
+                raise OSError(f"a file of weights ends after {done} of {self.nbytes} bytes")
+            done += count
 
     def over(self, memory: torch.Tensor) -> dict[str, QuantizedTensor]:
         """Return the weights as they are in other memory to which this slab was copied; views, by name."""
@@ -105,6 +138,24 @@ def _unpin(runtime: Any, address: int, memory: mmap.mmap) -> None:
     status = runtime.cudaHostUnregister(address)
     if int(status) != 0:
         raise PlanError(f"the driver does not unpin host memory ({status})")
+
+
+def allocate_on_disk(num_bytes: int, folder: Path) -> tuple[torch.Tensor, int]:
+    """Return the mapping of a new file, uint8, and its descriptor; it has no name, and is gone with the process.
+
+    Raises:
+        PlanError: There is no such folder, or no room in it.
+    """
+    try:
+        file, name = tempfile.mkstemp(dir=folder)
+        os.unlink(name)
+        # Blocks are taken now: a disk that fills up later would end the process by a signal.
+        os.posix_fallocate(file, 0, num_bytes)
+        mapping = mmap.mmap(file, num_bytes)
+    except (OSError, AttributeError) as error:
+        needed = f"{num_bytes / 2**30:.2f} GiB"
+        raise PlanError(f"memory.spill_folder: {folder} has no {needed} for weights: {error}") from error
+    return torch.frombuffer(mapping, dtype=torch.uint8), file
 
 
 def _map_memory(num_bytes: int) -> mmap.mmap:

@@ -103,7 +103,7 @@ def load_model(
         if stored_in_4bit:
             notes.append("weights stored in 4 bits are taken as they are; quant options do not apply to them")
     targets = stored_in_4bit or (quantizable_layers(model, config) if quant is not None else set())
-    slabs = _make_slabs(model, residency.streamed_blocks, target_device, targets=targets)
+    slabs = _make_slabs(model, residency, target_device, targets=targets)
     filler = ModelFiller(model, spec=quant, targets=targets, device=target_device, dtype=computing.dtype, slabs=slabs)
     fill_(filler, placements, on_progress=on_progress)
     _finish_(model, filler, source, target_device)
@@ -159,20 +159,27 @@ def check_quantizable(model: PreTrainedModel, placements: list[Placement], *, al
 
 
 def _make_slabs(
-    model: PreTrainedModel, streamed_blocks: int, device: torch.device, *, targets: set[str]
+    model: PreTrainedModel, residency: Residency, device: torch.device, *, targets: set[str]
 ) -> SlabFiller | None:
-    if not streamed_blocks:
+    if not residency.streamed_blocks:
         return None
     if not targets:
         raise ConfigError("memory.streamed_blocks needs weights in 4 bits; set quant.enabled=true")
-    return SlabFiller(model, targets=targets, count=streamed_blocks, device=device)
+    return SlabFiller(
+        model,
+        targets=targets,
+        count=residency.streamed_blocks,
+        device=device,
+        spill_folder=residency.spill_folder,
+    )
 
 
 def _settle_(model: PreTrainedModel, residency: Residency, dtype: torch.dtype, device: torch.device) -> list[str]:
     """Move the embedding where it is to live, and return what there is to say about what lives in host memory."""
     notes = []
     if residency.streamed_blocks:
-        notes.append(f"in host memory: weights of {residency.streamed_blocks} decoder blocks, which visit {device}")
+        place = "in host memory" if residency.spill_folder is None else f"in files under {residency.spill_folder}"
+        notes.append(f"{place}: weights of {residency.streamed_blocks} decoder blocks, which visit {device}")
     if residency.embedding_on_host:
         moved = host_embedding_(model, dtype=dtype, device=device)
         why_not = "embedding: stays on the device, for it is the output head as well, or does more than to look up rows"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 from halfbyte.errors import ConfigError
 from halfbyte.memory.block_streamer import BlockStreamer
 from halfbyte.memory.run_shape import DEFAULT_SLOTS
-from halfbyte.memory.weight_slab import WeightSlab, allocate_pinned, slab_bytes
+from halfbyte.memory.weight_slab import WeightSlab, allocate_on_disk, allocate_pinned, slab_bytes
 from halfbyte.models.fused_layers import STREAMED, FusedLayer, iter_decoder_layers
 from halfbyte.nn.linear import Linear4bit
 from halfbyte.nn.streamed_block import StreamedBlock, quantized_layers
@@ -37,6 +38,8 @@ class Residency:
     """How many decoder blocks' 4-bit weights do, and visit the device."""
     embedding_on_host: bool = False
     """Whether the embedding does, where it is not also the head."""
+    spill_folder: Path | None = None
+    """Where the blocks' weights lie in files instead, for want of host memory."""
 
 
 ON_DEVICE = Residency()
@@ -51,6 +54,7 @@ class SlabFiller:
         count: How many blocks are to live in host memory.
         device: Where they compute.
         num_slots: See `BlockStreamer`.
+        spill_folder: Where slabs lie in files instead.
 
     Raises:
         ConfigError: The model has fewer blocks with 4-bit weights, or none that are known.
@@ -64,8 +68,9 @@ class SlabFiller:
         count: int,
         device: torch.device,
         num_slots: int = DEFAULT_SLOTS,
+        spill_folder: Path | None = None,
     ) -> None:
-        self.device, self.num_slots = device, num_slots
+        self.device, self.num_slots, self.spill_folder = device, num_slots, spill_folder
         named = _named_blocks(model)
         blocks = [block for block in named if any(path.startswith(f"{block}.") for path in targets)]
         if count > len(blocks):
@@ -96,7 +101,7 @@ class SlabFiller:
         waiting[path.removeprefix(f"{block}.")] = q
         if len(waiting) < siblings(block):
             return {}
-        self._slabs[block] = slab = make_slab(self._waiting.pop(block), self.device)
+        self._slabs[block] = slab = make_slab(self._waiting.pop(block), self.device, spill_folder=self.spill_folder)
         return {f"{block}.{name}": weight for name, weight in slab.weights.items()}
 
     def finish_(self, model: PreTrainedModel) -> None:
@@ -108,7 +113,12 @@ class SlabFiller:
 
 
 def stream_blocks_(
-    model: PreTrainedModel, count: int, *, device: torch.device, num_slots: int = DEFAULT_SLOTS
+    model: PreTrainedModel,
+    count: int,
+    *,
+    device: torch.device,
+    num_slots: int = DEFAULT_SLOTS,
+    spill_folder: Path | None = None,
 ) -> BlockStreamer:
     """Move the frozen 4-bit weights of some decoder blocks into host memory; the model stays usable as it is.
 
@@ -117,6 +127,7 @@ def stream_blocks_(
         count: How many blocks, spread over the model.
         device: Where they compute.
         num_slots: See `BlockStreamer`.
+        spill_folder: Where slabs lie in files instead.
 
     Raises:
         ConfigError: The model has fewer blocks, or none that are known.
@@ -126,7 +137,8 @@ def stream_blocks_(
         raise ConfigError(f"{count} blocks are to live in host memory, but {type(model).__name__} has {len(blocks)}")
     streamer = BlockStreamer(device, num_slots=num_slots)
     for index in sorted(spread(count, len(blocks))):
-        _settle_(blocks[index], make_slab(quantized_layers(blocks[index]), device), streamer)
+        slab = make_slab(quantized_layers(blocks[index]), device, spill_folder=spill_folder)
+        _settle_(blocks[index], slab, streamer)
     setattr(model, STREAMER_ATTRIBUTE, streamer)
     return streamer
 
@@ -142,9 +154,14 @@ def is_streamed(model: nn.Module) -> bool:
     return any(isinstance(module, Linear4bit) and module.lives_on_host for module in model.modules())
 
 
-def make_slab(weights: Mapping[str, QuantizedTensor], device: torch.device) -> WeightSlab:
-    """Put the weights of a block into host memory from which `device` can be fed."""
+def make_slab(
+    weights: Mapping[str, QuantizedTensor], device: torch.device, *, spill_folder: Path | None = None
+) -> WeightSlab:
+    """Put the weights of a block into host memory from which `device` can be fed, or into a file."""
     num_bytes = slab_bytes(weights)
+    if spill_folder is not None:
+        memory, file = allocate_on_disk(num_bytes, spill_folder)
+        return WeightSlab(weights, memory, file=file)
     on_gpu = device.type == "cuda"
     memory = allocate_pinned(num_bytes) if on_gpu else torch.empty(num_bytes, dtype=torch.uint8)
     return WeightSlab(weights, memory)

@@ -89,6 +89,8 @@ class MicroBatches:
         self.as_graphs = as_graphs and is_fused and on_gpu and loss_path.chunked and attention == PACKED_ATTENTION
         # Angles that depend on the length are computed from what the device holds, on the host.
         self.as_graphs = self.as_graphs and has_fixed_angles(model)
+        # So does the host where weights come from files.
+        self.as_graphs = self.as_graphs and not (self.streamer is not None and self.streamer.reads_files)
         self.parameters = [parameter for _, parameter in iter_trainable(model)]
         self.seeds = dropout_seeds_of(model) if is_fused and on_gpu else None
         self.offload = offload_of(model) if is_fused else None

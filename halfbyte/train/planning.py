@@ -78,7 +78,11 @@ def plan_run(config: RunConfig, device: torch.device) -> PlannedRun:
     choice = plan.best.choice
     return PlannedRun(
         config=planned_config(config, plan),
-        residency=Residency(streamed_blocks=choice.streamed_blocks, embedding_on_host=choice.embedding_on_host),
+        residency=Residency(
+            streamed_blocks=choice.streamed_blocks,
+            embedding_on_host=choice.embedding_on_host,
+            spill_folder=_spill_folder(config) if choice.spills else None,
+        ),
         policies=choice.policy_of_blocks if run.fused else None,
         text=show_plan(plan),
     )
@@ -132,11 +136,18 @@ def _unplanned(config: RunConfig, why: str) -> PlannedRun:
     return PlannedRun(
         config=dataclasses.replace(config, train=train),
         residency=Residency(
-            streamed_blocks=memory.streamed_blocks or 0, embedding_on_host=bool(memory.embedding_on_host)
+            streamed_blocks=memory.streamed_blocks or 0,
+            embedding_on_host=bool(memory.embedding_on_host),
+            spill_folder=_spill_folder(config),
         ),
         policies=None,
         text=f"no memory plan: {why}" + (f"; held to {size_of(memory.gpu_bytes)}" if memory.gpu_bytes else ""),
     )
+
+
+def _spill_folder(config: RunConfig) -> Path | None:
+    folder = config.memory.spill_folder
+    return None if folder is None else Path(folder).expanduser()
 
 
 def _like_the_run_before(config: RunConfig) -> RunConfig:

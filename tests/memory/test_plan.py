@@ -130,3 +130,16 @@ def test_what_does_not_fit_is_refused_with_what_helps() -> None:
 def test_unknown_projections_are_refused() -> None:
     with pytest.raises(PlanError, match="not router"):
         RunShape(targets=("q_proj", "router"))
+
+
+def test_weights_go_to_files_where_host_memory_is_short() -> None:
+    run = dataclasses.replace(RUN, may_spill=True)
+    spilled = plan("Llama-65B", 8, run=run, host_gib=30)
+    assert spilled.fits
+    assert spilled.best.choice.spills
+    assert spilled.best.ledger.host_bytes < 30 * GIB
+    assert "visit from files" in show_plan(spilled)
+    assert not plan("Llama-65B", 8, run=run).best.choice.spills
+    found = plan("Llama-65B", 8, host_gib=30)
+    assert not found.fits
+    assert any("memory.spill_folder" in step for step in remedies(found, Pins(rows=4)))

@@ -50,6 +50,19 @@ def assert_same_training(model: PreTrainedModel, streamed: PreTrainedModel, *, d
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_training_on_weights_in_files_gives_the_same_bits(policy: str, device: str, tmp_path: Path) -> None:
+    model, streamed = make(device=device, dropout=0.1), make(device=device, dropout=0.1)
+    streamer = stream_blocks_(streamed, NUM_BLOCKS - 1, device=torch.device(device), spill_folder=tmp_path)
+    assert streamer.reads_files
+    for one in (model, streamed):
+        set_policy(one, policy)
+    assert_same_training(model, streamed, device=device, exact=device == "cpu")
+    streamer.release()
+    assert_same_training(model, streamed, device=device, exact=device == "cpu")
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("count", [1, 4, NUM_BLOCKS])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_training_on_streamed_weights_gives_the_same_bits(policy: str, count: int, device: str) -> None:
@@ -190,3 +203,14 @@ def test_only_blocks_with_4bit_weights_count(tmp_path: Path) -> None:
     assert torch.equal(logits_of(loaded.model), expected)
     with pytest.raises(ConfigError, match="has 1 decoder blocks with weights in 4 bits"):
         load_model(folder, residency=Residency(streamed_blocks=2), **options)
+
+
+def test_a_model_is_loaded_into_files(tmp_path: Path) -> None:
+    folder, spill = save_tiny(tmp_path / "model"), tmp_path / "spill"
+    spill.mkdir()
+    options = {"quant": QuantSpec(), "device": "cpu", "compute_dtype": "float32"}
+    expected = logits_of(load_model(folder, **options).model)
+    loaded = load_model(folder, residency=Residency(streamed_blocks=2, spill_folder=spill), **options)
+    assert f"in files under {spill}" in str(loaded.report)
+    assert torch.equal(logits_of(loaded.model), expected)
+    assert list(spill.iterdir()) == []
