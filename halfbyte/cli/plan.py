@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from halfbyte.cli.arguments import CommandParser, add_override
-from halfbyte.cli.planned import describe_run, read_model_config
+from halfbyte.cli.planned import describe_run, read_shape
 from halfbyte.config import DataSection, LoraSection, MemorySection, ModelSection, QuantSection, RunConfig, TrainSection
 from halfbyte.config.load import make_section, parse_overrides, read_yaml
 from halfbyte.config.memory import parse_size
@@ -46,15 +46,13 @@ def run(args: argparse.Namespace) -> int:
     config = _read_config(args)
     card, config = _find_card(args, config)
 
-    from halfbyte.memory.model_shape import ModelShape
     from halfbyte.memory.plan import Budget, make_plan
     from halfbyte.memory.plan_text import as_record, show_plan, why_nothing_fits
     from halfbyte.memory.request import pins_of, run_shape_of
 
-    model = read_model_config(config.model.path, config.model.revision)
-    shape = ModelShape.from_config(model, name=config.model.path)
-    compute_bytes: Literal[2, 4] = 2 if card.is_gpu or card.has_bf16 else 4
-    run_shape = run_shape_of(config, compute_bytes=4 if config.compute_dtype == "float32" else compute_bytes)
+    shape = read_shape(config.model.path, config.model.revision)
+    is_narrow = config.compute_dtype != "float32" and (card.is_gpu or card.has_bf16)
+    run_shape = run_shape_of(config, compute_bytes=2 if is_narrow else 4, is_fusable=shape.is_fusable)
     budget = Budget(
         device_bytes=min(card.memory_bytes if card.is_gpu else 0, config.memory.gpu_bytes or card.memory_bytes),
         host_bytes=_host_bytes(args, config, card),

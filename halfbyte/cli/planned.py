@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from halfbyte.config import RunConfig
 from halfbyte.errors import FormatError, PlanError
+from halfbyte.memory.model_shape import FUSABLE_TYPES, ModelShape
 
 if TYPE_CHECKING:
     from halfbyte.memory.plan import MemoryPlan
 
 
-def read_model_config(path: str, revision: str | None) -> dict[str, Any]:
-    """Return the configuration of a model; of a hub id only config.json is downloaded.
+def read_shape(path: str, revision: str | None) -> ModelShape:
+    """Return the sizes of a model; of a hub id only config.json is downloaded.
 
     Raises:
-        ConfigError: Nothing is there.
+        ConfigError: Nothing is there, or no sizes can be read from it.
         FormatError: It cannot be read.
     """
     found = Path(path).expanduser()
@@ -32,15 +33,22 @@ def read_model_config(path: str, revision: str | None) -> dict[str, Any]:
             raise FormatError(f"{found} is no JSON: {error}") from error
         if not isinstance(config, dict):
             raise FormatError(f"{found} holds no JSON object")
-        return config
+        # What tells all its sizes needs no transformers, which takes seconds to import.
+        if config.get("model_type") in FUSABLE_TYPES:
+            return ModelShape.from_config(config, name=path)
+
+    from transformers import AutoConfig
 
     from halfbyte.models.describe import load_config
     from halfbyte.models.hub import download_file, is_hub_file, is_hub_id
-    from halfbyte.models.source import load_config_dict, resolve_source
+    from halfbyte.models.shape import shape_of
+    from halfbyte.models.source import resolve_source
 
     if not found.exists() and is_hub_id(path) and not is_hub_file(path):
-        return load_config_dict(download_file(f"{path}/config.json", revision).parent)
-    return load_config(resolve_source(path, revision)).to_dict()
+        found = download_file(f"{path}/config.json", revision)
+    if found.suffix == ".json":
+        return shape_of(AutoConfig.from_pretrained(found.parent), name=path)
+    return shape_of(load_config(resolve_source(path, revision)), name=path)
 
 
 def describe_run(config: RunConfig, plan: MemoryPlan) -> str:

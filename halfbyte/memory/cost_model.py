@@ -105,6 +105,9 @@ class CostModel:
         # Weights in files and what is put away do not share a way.
         back = max(visits, out) if choice.spills else visits + out
         passes = max(forward, visits, out), max(backward, back)
+        if not self.run.fused:
+            # Each weight is fetched when it is expanded, and waited for.
+            passes = forward + visits, backward + visits
         outer = self._outer(tokens)
         return StepTime(
             micro_batch_seconds=sum(passes) + outer,

@@ -18,13 +18,20 @@ ALL_LINEAR = "all-linear"
 STATE_32_BITS = ("paged_adamw_32bit", "adamw_torch", "adamw_torch_fused")
 
 
-def run_shape_of(config: RunConfig, *, compute_bytes: Literal[2, 4], expandable_segments: bool = True) -> RunShape:
+def run_shape_of(
+    config: RunConfig,
+    *,
+    compute_bytes: Literal[2, 4],
+    expandable_segments: bool = True,
+    is_fusable: bool = True,
+) -> RunShape:
     """Return what a configuration asks for.
 
     Args:
         config: Of the run.
         compute_bytes: Of a number in the dtype that products will run in.
         expandable_segments: Whether torch's allocator may grow its segments.
+        is_fusable: Whether fused blocks compute the model's layers, unless they are off.
 
     Raises:
         PlanError: It asks for what no plan knows the size of.
@@ -47,7 +54,7 @@ def run_shape_of(config: RunConfig, *, compute_bytes: Literal[2, 4], expandable_
         pages_optimizer=train.optim.startswith("paged"),
         drops=lora.dropout > 0,
         fp8=train.fp8,
-        fused=train.fused,
+        fused=train.fused and is_fusable,
         expandable_segments=expandable_segments,
         may_spill=config.memory.spill_folder is not None,
     )

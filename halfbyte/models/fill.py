@@ -39,6 +39,7 @@ class ModelFiller:
         device: torch.device,
         dtype: torch.dtype,
         slabs: SlabFiller | None = None,
+        keeps_views: bool = False,
     ) -> None:
         """Prepare to fill a model.
 
@@ -50,6 +51,7 @@ class ModelFiller:
             dtype: What products run in, and what unquantised weights are held in; embedding and head of a model in 4
                 bits stay in 16 bits also where products run in fp32.
             slabs: Takes the 4-bit weights of blocks that are to live in host memory.
+            keeps_views: Whether tensors that are there in the form that is wanted stay views of the mapped files.
         """
         self.model = model
         self.device = device
@@ -57,6 +59,7 @@ class ModelFiller:
         self._spec = spec
         self._targets = targets
         self._slabs = slabs
+        self.keeps_views = keeps_views
         self._quantized: dict[str, QuantizedTensor] = {}
         self._missing = set(model.state_dict())
         self._half_modules = _half_modules(model) if targets else set()
@@ -117,7 +120,7 @@ class ModelFiller:
         elif path in self._half_modules and dtype == torch.float32 and storage_dtype.itemsize == 2:
             dtype = storage_dtype
         # Off the CPU the tensor is already a copy of its own.
-        return tensor.to(self.device, dtype, copy=tensor.device.type == "cpu")
+        return tensor.to(self.device, dtype, copy=tensor.device.type == "cpu" and not self.keeps_views)
 
 
 def fill_(
@@ -132,7 +135,7 @@ def fill_(
             for name, tensor in placement.convert(filler.model).items():
                 filler.put(name, tensor.to(filler.device), storage_dtype=tensor.dtype)
         elif placement.is_quantized:
-            filler.put_quantized(placement.target, _take_quantized(placement, arriving))
+            filler.put_quantized(placement.target, _take_quantized(placement, arriving, keeps_views=filler.keeps_views))
         else:
             filler.put(placement.target, next(arriving), storage_dtype=placement.tensors[0].storage_dtype)
         if on_progress is not None:
@@ -147,11 +150,11 @@ def _staged(placements: list[Placement]) -> Iterator[LazyTensor]:
             yield from (tensor for tensor in placement.tensors if not _is_host_part(placement, tensor))
 
 
-def _take_quantized(placement: Placement, arriving: Iterator[torch.Tensor]) -> QuantizedTensor:
+def _take_quantized(placement: Placement, arriving: Iterator[torch.Tensor], *, keeps_views: bool) -> QuantizedTensor:
     parts = {}
     for tensor in placement.tensors:
         value = tensor.read() if _is_host_part(placement, tensor) else next(arriving)
-        parts[tensor.name] = value.clone() if value.device.type == "cpu" else value
+        parts[tensor.name] = value.clone() if value.device.type == "cpu" and not keeps_views else value
     weight = next(tensor.name for tensor in placement.tensors if tensor.name.endswith("weight"))
     q = load_quantized(weight.removesuffix("weight"), parts)
     # Views of what was staged would keep the checkpoint's rounded-up copies alive.

@@ -97,14 +97,20 @@ def load_model(
     model = build_meta_model(config, dtype=computing.dtype, attn_implementation=attn_implementation)
     placements = make_placements(model, [tensor for _, tensor in iter_weights(source)])
     notes = [computing.note] if computing.note else []
-    stored_in_4bit = {p.target.removesuffix(".weight") for p in placements if p.is_quantized}
-    if quant is not None:
-        check_quantizable(model, placements, allow_16bit_experts=allow_16bit_experts)
-        if stored_in_4bit:
-            notes.append("weights stored in 4 bits are taken as they are; quant options do not apply to them")
-    targets = stored_in_4bit or (quantizable_layers(model, config) if quant is not None else set())
-    slabs = _make_slabs(model, residency, target_device, targets=targets)
-    filler = ModelFiller(model, spec=quant, targets=targets, device=target_device, dtype=computing.dtype, slabs=slabs)
+    targets = _choose_targets(model, placements, config, quant, notes, allow_16bit_experts=allow_16bit_experts)
+    # What is in 4 bits already is used where it lies: its bytes are the system's file cache, shared and droppable.
+    keeps_views = target_device.type == "cpu" and source.kind == "bnb4bit"
+    if keeps_views:
+        notes.append("weights are mapped from the checkpoint, not copied: leave its files as they are meanwhile")
+    filler = ModelFiller(
+        model,
+        spec=quant,
+        targets=targets,
+        device=target_device,
+        dtype=computing.dtype,
+        slabs=_make_slabs(model, residency, target_device, targets=targets),
+        keeps_views=keeps_views,
+    )
     fill_(filler, placements, on_progress=on_progress)
     _finish_(model, filler, source, target_device)
     notes += _settle_(model, residency, computing.dtype, target_device)
@@ -113,6 +119,24 @@ def load_model(
         model, seconds=seconds, device=target_device, compute_dtype=computing.dtype, notes=tuple(notes)
     )
     return LoadedModel(model=model, source=source, report=report)
+
+
+def _choose_targets(
+    model: PreTrainedModel,
+    placements: list[Placement],
+    config: PretrainedConfig,
+    quant: QuantSpec | None,
+    notes: list[str],
+    *,
+    allow_16bit_experts: bool,
+) -> set[str]:
+    """Return the paths of the layers that will be in 4 bits, adding to the notes what there is to say."""
+    stored_in_4bit = {p.target.removesuffix(".weight") for p in placements if p.is_quantized}
+    if quant is not None:
+        check_quantizable(model, placements, allow_16bit_experts=allow_16bit_experts)
+        if stored_in_4bit:
+            notes.append("weights stored in 4 bits are taken as they are; quant options do not apply to them")
+    return stored_in_4bit or (quantizable_layers(model, config) if quant is not None else set())
 
 
 def quantizable_layers(model: PreTrainedModel, config: PretrainedConfig) -> set[str]:

@@ -106,7 +106,7 @@ class MappedFile:
         self._last: tuple[int, int] | None = None
 
     def read(self, entry: TensorEntry) -> torch.Tensor:
-        """Return a view of one tensor's bytes; only to be read, and only until the next is asked for."""
+        """Return a view of one tensor's bytes; only to be read. Once the next is asked for, its pages are cold."""
         self._advise("MADV_DONTNEED", self._last)
         self._last = (entry.offset, entry.num_bytes)
         self._advise("MADV_WILLNEED", self._last)

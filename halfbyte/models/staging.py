@@ -43,7 +43,8 @@ AHEAD_BYTES = 256 << 20
 def iter_on_device(tensors: Iterable[LazyTensor], device: torch.device) -> Iterator[torch.Tensor]:
     """Yield each tensor on `device`, in order, ready for the current stream.
 
-    On the CPU it may be a view of a mapped file, valid until the next one: copy what is kept.
+    On the CPU it may be a view of a mapped file, whose pages are dropped with the next one: copy what is kept, unless
+    it may stay file.
     """
     if device.type != "cuda":
         for tensor in tensors:

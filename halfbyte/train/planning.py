@@ -23,6 +23,7 @@ from halfbyte.memory.plan_text import show_plan, size_of, why_nothing_fits
 from halfbyte.memory.request import batch_rows_of, has_expandable_segments, pins_of, planned_config, run_shape_of
 from halfbyte.memory.this_machine import card_of
 from halfbyte.models import load_config, resolve_source
+from halfbyte.models.shape import shape_of
 from halfbyte.models.streaming import Residency
 
 # A plan may err by so much: beyond it, what does not fit by plan is refused.
@@ -69,6 +70,7 @@ def plan_run(config: RunConfig, device: torch.device) -> PlannedRun:
             config,
             compute_bytes=4 if computing.itemsize == 4 else 2,
             expandable_segments=has_expandable_segments(),
+            is_fusable=shape.is_fusable,
         )
     except PlanError as error:
         return _unplanned(config, str(error))
@@ -103,7 +105,7 @@ def _measure_budget(config: RunConfig, device: torch.device, card: Card) -> Budg
 def _read_shape(config: RunConfig) -> ModelShape:
     source = resolve_source(config.model.path, config.model.revision)
     try:
-        return ModelShape.from_config(load_config(source).to_dict(), name=config.model.path)
+        return shape_of(load_config(source), name=config.model.path)
     except ConfigError as error:
         raise PlanError(str(error)) from error
 

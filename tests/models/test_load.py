@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 from halfbyte.errors import ConfigError, FormatError
+from halfbyte.export import export_bnb4bit
 from halfbyte.models.load import load_model
 from halfbyte.nn import Linear4bit
 from halfbyte.quant import QuantSpec
@@ -246,3 +247,22 @@ def load_by_bitsandbytes(
     )
     # Without gradients bitsandbytes repacks weights for inference on some CPUs; in train mode it does not.
     return model.train()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of mappings")
+def test_a_prepared_checkpoint_is_mapped_on_a_cpu_not_copied(tmp_path: Path) -> None:
+    source, folder = save_tiny(tmp_path / "plain"), tmp_path / "nf4"
+    plain = load_model(source, quant=NF4, device="cpu", compute_dtype="float32")
+    export_bnb4bit(source, folder, NF4)
+    loaded = load_model(folder, quant=NF4, device="cpu", compute_dtype="float32")
+    assert "mapped from the checkpoint, not copied" in str(loaded.report)
+    places = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if str(folder) in line:
+            start, _, end = line.split()[0].partition("-")
+            places.append((int(start, 16), int(end, 16)))
+    layers = [module for module in loaded.model.modules() if isinstance(module, Linear4bit)]
+    assert layers
+    for layer in layers:
+        assert any(start <= layer.packed.data_ptr() < end for start, end in places)
+    assert torch.equal(logits_of(loaded.model), logits_of(plain.model))

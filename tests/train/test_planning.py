@@ -59,13 +59,21 @@ def test_too_little_memory_is_refused_before_anything_is_loaded(tmp_path: Path) 
         plan_run(config, CPU)
 
 
-def test_without_known_sizes_there_is_no_plan_but_a_run(tmp_path: Path) -> None:
+def test_other_architectures_are_planned_more_roughly(tmp_path: Path) -> None:
     planned = plan_run(config_of(tmp_path, "gemma2", train=TrainSection(batch_size=8)), CPU)
-    assert planned.text.startswith("no memory plan: ")
-    assert "gemma2" in planned.text
+    assert "path for any architecture" in planned.text
+    assert planned.policies is None
+    train = planned.config.train
+    assert train.per_device_train_batch_size * train.gradient_accumulation_steps == 8
+
+
+def test_without_a_plan_there_is_a_run(tmp_path: Path) -> None:
+    whole = LoraSection(modules_to_save=("lm_head",))
+    planned = plan_run(config_of(tmp_path, lora=whole, train=TrainSection(batch_size=8)), CPU)
+    assert planned.text.startswith("no memory plan: modules that are trained whole")
     assert planned.policies is None
     assert planned.config.train.gradient_accumulation_steps == 2
-    odd = config_of(tmp_path, "gemma2", train=TrainSection(batch_size=7))
+    odd = config_of(tmp_path, lora=whole, train=TrainSection(batch_size=7))
     with pytest.raises(ConfigError, match=r"set train\.per_device_train_batch_size to a divisor"):
         plan_run(odd, CPU)
 
