@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from transformers import BloomConfig
+from transformers import PretrainedConfig
 
 from halfbyte.errors import ConfigError
 from halfbyte.memory.model_shape import ModelShape
@@ -23,4 +23,4 @@ def test_configurations_that_tell_all_are_read_without_a_model() -> None:
 
 def test_a_configuration_without_sizes_is_refused() -> None:
     with pytest.raises(ConfigError, match="lacks one of num_hidden_layers"):
-        shape_of(BloomConfig(hidden_size=None), name="bloom")
+        shape_of(PretrainedConfig(), name="model")
