@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from halfbyte.cli.arguments import CommandParser
+from halfbyte.cli.arguments import CommandParser, at_least
+from halfbyte.cli.calibration import read_calibration
 from halfbyte.cli.console import progress_console
-from halfbyte.cli.tuned import RUN_DEFAULTS, find_tuned, quant_spec
+from halfbyte.cli.tuned import READING, RUN_DEFAULTS, TunedSource, find_tokenizer, find_tuned, quant_spec
 from halfbyte.config.output import refuse_used_folder
 from halfbyte.errors import ConfigError
 
-SECTIONS = ("model.path", "model.revision", "quant")
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from halfbyte.models import ModelSource
+    from halfbyte.quant import QuantSpec
+
+SECTIONS = ("model.path", "model.revision", "quant", *READING)
 EXPLANATION = f"""
 onto dequantized  the base's 4-bit form written out in 16 bits: what the adapter was trained on, so the result answers
                   as the run did.
 onto original     the base's own 16-bit weights, which the adapter has never seen: better or worse, by the task.
+
+bits 4            a bitsandbytes 4-bit checkpoint. Rounded by itself, a merged weight falls back on the codes it had,
+                  and the adapter is lost; so it is calibrated on examples. Needs the whole model in memory.
 
 halfbyte eval MERGED HELD_OUT measures which is better for yours.
 
@@ -32,6 +43,11 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="of the weights written"
     )
+    parser.add_argument(
+        "--bits", choices=("16", "4"), default="16", help="4: back into 4 bits, calibrated on examples; default: 16"
+    )
+    parser.add_argument("--calibrate", metavar="FILE", help="examples for --bits 4; default: those of the run")
+    parser.add_argument("--rows", metavar="N", type=at_least(1), default=64, help="of 512 tokens each; default: 64")
     parser.epilog = EXPLANATION
 
 
@@ -47,7 +63,44 @@ def run(args: argparse.Namespace) -> int:
 
     base = resolve_source(source.config.model.path, source.config.model.revision)
     spec = quant_spec(source.config.quant)
+    if args.bits == "4":
+        return _merge_into_4bit(args, source, base, spec, output, console)
     report = merge_adapter(base, source.adapter, output, onto=args.onto, dtype=args.dtype, spec=spec)
     console.print(str(report), markup=False)
+    console.print(f"wrote {output}", style="bold", markup=False)
+    return 0
+
+
+def _merge_into_4bit(
+    args: argparse.Namespace,
+    source: TunedSource,
+    base: ModelSource,
+    spec: QuantSpec | None,
+    output: Path,
+    console: Console,
+) -> int:
+    """Write a 4-bit checkpoint that answers as base and adapter do."""
+    from halfbyte.export import export_calibrated
+    from halfbyte.quant import QuantSpec
+
+    if args.onto != "dequantized":
+        raise ConfigError("--bits 4 goes with --onto dequantized: what the adapter was trained on")
+    file = args.calibrate or source.config.data.train
+    if not file:
+        raise ConfigError("--bits 4 calibrates on examples, and no run tells which; name a file with --calibrate")
+    tokenizer = find_tokenizer(str(source.tokenizer or source.config.model.path), source.config.model.revision)
+    batches = read_calibration(file, source.config.data, tokenizer, num_rows=args.rows)
+    with console.status("calibrating") as status:
+        report = export_calibrated(
+            base,
+            output,
+            spec or QuantSpec(),
+            batches,
+            adapter=source.adapter,
+            trained_on=spec,
+            tokenizer_folder=source.tokenizer,
+            on_progress=lambda done, total: status.update(f"calibrated {done} of {total} blocks"),
+        )
+    console.print(f"calibrated on {sum(map(len, batches))} rows of examples; {report}", markup=False)
     console.print(f"wrote {output}", style="bold", markup=False)
     return 0

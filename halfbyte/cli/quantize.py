@@ -5,13 +5,22 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from halfbyte.cli.arguments import CommandParser, add_override
+from halfbyte.cli.arguments import CommandParser, add_override, at_least
+from halfbyte.cli.calibration import read_calibration
 from halfbyte.cli.console import progress_console
-from halfbyte.cli.tuned import quant_spec
+from halfbyte.cli.tuned import READING, quant_spec
+from halfbyte.config import DataSection
 from halfbyte.config.load import make_section, parse_overrides
 from halfbyte.config.output import refuse_used_folder
 
-SECTIONS = ("quant.codebook", "quant.block_size", "quant.double_quant", "model.revision", "model.allow_16bit_experts")
+SECTIONS = (
+    "quant.codebook",
+    "quant.block_size",
+    "quant.double_quant",
+    "model.revision",
+    "model.allow_16bit_experts",
+    *READING,
+)
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -23,6 +32,10 @@ def add_arguments(parser: CommandParser) -> None:
         default="auto",
         help="of what stays in 16 bits, and of products; default: the model's own",
     )
+    parser.add_argument(
+        "--calibrate", metavar="FILE", help="examples on which to lose least; needs the whole model in memory"
+    )
+    parser.add_argument("--rows", metavar="N", type=at_least(1), default=64, help="of 512 tokens each; default: 64")
     parser.epilog = "example: halfbyte quantize HuggingFaceTB/SmolLM2-135M-Instruct smollm2-nf4"
 
 
@@ -35,10 +48,25 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from halfbyte.export import export_bnb4bit
-    from halfbyte.models import resolve_source
+    from halfbyte.export import export_bnb4bit, export_calibrated
+    from halfbyte.models import load_tokenizer, resolve_source
 
     assert spec is not None, "quant.enabled is no option here"
+    if args.calibrate is not None:
+        source = resolve_source(options.path, options.revision)
+        data: DataSection = make_section("data", {"data.train": args.calibrate} | values)
+        batches = read_calibration(args.calibrate, data, load_tokenizer(source), num_rows=args.rows)
+        with console.status("calibrating") as status:
+            report = export_calibrated(
+                source,
+                output,
+                spec,
+                batches,
+                on_progress=lambda done, total: status.update(f"calibrated {done} of {total} blocks"),
+            )
+        console.print(str(report), markup=False)
+        console.print(f"wrote {output}", style="bold", markup=False)
+        return 0
     report = export_bnb4bit(
         resolve_source(options.path, options.revision),
         output,

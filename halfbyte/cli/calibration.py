@@ -1,0 +1,46 @@
+"""The text that commands calibrate on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from halfbyte.config import DataSection
+from halfbyte.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+ROW_TOKENS, ROWS_PER_BATCH = 512, 4
+
+
+def read_calibration(
+    file: str, options: DataSection, tokenizer: PreTrainedTokenizerBase, *, num_rows: int
+) -> list[torch.Tensor]:
+    """Return batches of token ids, rows filled with one example after the other.
+
+    Args:
+        file: Examples, in any layout that training takes.
+        options: How examples are read.
+        tokenizer: Of the model.
+        num_rows: Rows at most.
+
+    Raises:
+        DataError: The examples do not fill one row.
+    """
+    import numpy as np
+    import torch
+
+    from halfbyte.data import build_renderer, load_examples, prepare
+
+    loaded = load_examples(file, format=options.format, columns=options.columns, split=options.split)
+    renderer = build_renderer(
+        tokenizer, chat_template=options.chat_template, system=options.system, train_on=options.train_on
+    )
+    prepared = prepare(loaded.examples, renderer, max_length=options.max_length, overlong=options.overlong)
+    tokens = np.concatenate([example.input_ids for example in prepared.examples])
+    num_rows = min(num_rows, len(tokens) // ROW_TOKENS)
+    if num_rows == 0:
+        raise DataError(f"{file} has {len(tokens)} tokens; calibration needs {ROW_TOKENS} at least")
+    rows = torch.from_numpy(tokens[: num_rows * ROW_TOKENS].astype(np.int64)).view(num_rows, ROW_TOKENS)
+    return list(rows.split(ROWS_PER_BATCH))
