@@ -29,6 +29,10 @@ class TrainSection:
     """Micro-batches an optimizer step. The loss is the mean over all their trained tokens."""
     learning_rate: float = option(2e-4, above=0)
     """Peak learning rate."""
+    loraplus_lr_ratio: float = option(1.0, above=0)
+    """Learning rate of lora_B over that of lora_A (LoRA+; 16 is usual, with a lower learning_rate). 1: the same."""
+    neftune_noise_alpha: float | None = option(None, above=0)
+    """Size of the noise added to embeddings in training (NEFTune; 5 is usual). none: no noise."""
     lr_scheduler_type: Literal[
         "linear",
         "cosine",

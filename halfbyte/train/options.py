@@ -24,6 +24,8 @@ class TrainerOptions:
     """On a GPU, launch the kernels of a micro-batch through fused blocks as one graph."""
     fp8: bool = False
     """Have fused blocks multiply frozen weights in fp8; refused where that cannot be."""
+    loraplus_lr_ratio: float = 1.0
+    """Learning rate of lora_B over that of everything else."""
     policies: tuple[Policy, ...] | None = None
     """What each fused block keeps for its backward, as planned; None decides by what is free."""
 

@@ -51,6 +51,7 @@ NOT_ARGUMENTS = {
     "cuda_graphs",
     "fp8",
     "batch_size",
+    "loraplus_lr_ratio",
 }
 
 

@@ -36,7 +36,6 @@ from halfbyte.models.adapter_files import save_adapter
 from halfbyte.models.fused_layers import fuse_layers_
 from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.packed_inputs import compute_dtype_of, prove_causality, prove_isolation
-from halfbyte.nn import iter_trainable
 from halfbyte.nn.attach import count_parameters
 from halfbyte.optim import build_optimizer
 from halfbyte.train import checkpoint as files
@@ -55,6 +54,7 @@ from halfbyte.train.callbacks import FlowCallback, ProgressLine
 from halfbyte.train.checks import check_model, honour_precision_, infer_spec, refuse_ignored
 from halfbyte.train.evaluate import HeldOut, evaluate_loss
 from halfbyte.train.fp8 import check_fp8
+from halfbyte.train.groups import parameter_groups
 from halfbyte.train.guard import DivergedError, LossScaler, StepGuard
 from halfbyte.train.loss import LossPath
 from halfbyte.train.meter import Meter
@@ -194,14 +194,11 @@ class HalfbyteTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            parameters = [parameter for _, parameter in iter_trainable(self.model)]
-            decayed = [p for p in parameters if p.dim() >= 2]
-            others = [p for p in parameters if p.dim() < 2]
-            groups = [{"params": decayed}, *([{"params": others, "weight_decay": 0.0}] if others else [])]
+            lr, ratio = self.args.learning_rate, self.options.loraplus_lr_ratio
             self.optimizer = build_optimizer(
                 str(getattr(self.args.optim, "value", self.args.optim)),
-                groups,
-                lr=self.args.learning_rate,
+                parameter_groups(self.model, lr=lr, loraplus_lr_ratio=ratio),
+                lr=lr,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
                 weight_decay=self.args.weight_decay,
