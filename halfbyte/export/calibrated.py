@@ -5,8 +5,10 @@ are summed up to X' X, and the rounding of each column is made up for by those a
 calibrated on what the quantised blocks before it give, so that errors do not add up unseen.
 
 This is also how a trained adapter goes back into 4 bits. Rounded by itself, the merged weight falls on the codes it had
-before, since an adapter moves a weight by far less than the distance of two codes; what counts is that the products
-with real inputs move, and that is what is preserved here.
+before, since an adapter moves a weight by far less than the distance of two codes. Compensating alone does not help:
+the error of falling back is small, but it is the adapter, whole. So the blocks get other scales than they had. On
+another grid every weight is rounded one way or the other, by chance as far as the adapter is concerned, and what is
+left of it in the products is what was there.
 
 Memory: the model in 16 or 32 bits, the inputs of one block over all examples, and X' X of that block's layers.
 """
@@ -26,10 +28,14 @@ from halfbyte.models.fused_layers import iter_decoder_layers
 from halfbyte.models.load import quantizable_layers
 from halfbyte.nn import Linear4bit
 from halfbyte.nn.convert import replace_module, workspace_of
-from halfbyte.ops.quantize_fitted import quantize_4bit_compensated, quantize_4bit_fitted
+from halfbyte.ops.quantize_4bit import quantize_4bit
+from halfbyte.ops.quantize_fitted import quantize_4bit_compensated
 from halfbyte.quant import QuantizedTensor, QuantSpec
 
 # B rows, T tokens of a row, D in_features
+
+# Scales of blocks, as shares of absmax, that put weights which lie on a grid already on another one.
+OTHER_GRID_SHARE = 0.93
 
 Progress = Callable[[int, int], None]
 
@@ -52,15 +58,17 @@ def quantize_calibrated_(
     batches_BT: Sequence[torch.Tensor],
     spec: QuantSpec,
     *,
+    scale_share: float = 1.0,
     on_progress: Progress = lambda done, total: None,
 ) -> None:
     """Bring the linear layers of a model to 4 bits, calibrated on examples.
 
     Args:
         model: With plain linear layers, in eval mode. Changed in place; decoder blocks that look like none are
-            quantised by least squared error of the weight.
+            quantised by absmax.
         batches_BT: Token ids, each (rows, tokens); some ten thousand tokens in all.
         spec: Codebook, block size, double quantisation.
+        scale_share: Scales of blocks, as shares of absmax: OTHER_GRID_SHARE where weights come from a 4-bit grid.
         on_progress: Is told how many blocks are done, of how many.
 
     Raises:
@@ -78,13 +86,13 @@ def quantize_calibrated_(
         linears = {path: m for m in block.modules() if isinstance(m, nn.Linear) and (path := named[m]) in targets}
         sums = _sum_inputs(block, linears, inputs)
         for path, linear in linears.items():
-            _replace_(model, path, linear, _quantize(linear, sums.get(path), spec))
+            _replace_(model, path, linear, _quantize(linear, sums.get(path), spec, scale_share))
         inputs.hidden = list(_run(block, inputs))
         on_progress(number + 1, len(blocks))
     for path in targets:
         left = model.get_submodule(path)
         if isinstance(left, nn.Linear):
-            _replace_(model, path, left, quantize_4bit_fitted(left.weight, spec))
+            _replace_(model, path, left, quantize_4bit(left.weight, spec))
 
 
 def _inputs_of_first_block(model: PreTrainedModel, first: nn.Module, batches_BT: Sequence[torch.Tensor]) -> _Inputs:
@@ -138,11 +146,11 @@ def _run(block: nn.Module, inputs: _Inputs) -> Iterator[torch.Tensor]:
         yield out[0] if isinstance(out, tuple) else out
 
 
-def _quantize(linear: nn.Linear, sum_DD: torch.Tensor | None, spec: QuantSpec) -> QuantizedTensor:
+def _quantize(linear: nn.Linear, sum_DD: torch.Tensor | None, spec: QuantSpec, scale_share: float) -> QuantizedTensor:
     weight_OD = linear.weight
     if sum_DD is None or weight_OD.shape[1] % spec.block_size:
-        return quantize_4bit_fitted(weight_OD, spec)
-    return quantize_4bit_compensated(weight_OD, sum_DD, spec)
+        return quantize_4bit(weight_OD, spec)
+    return quantize_4bit_compensated(weight_OD, sum_DD, spec, scale_share=scale_share)
 
 
 def _replace_(model: PreTrainedModel, path: str, linear: nn.Linear, q: QuantizedTensor) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from halfbyte.export.bnb4bit import PART_NAMES, ExportReport
-from halfbyte.export.calibrated import quantize_calibrated_
+from halfbyte.export.calibrated import OTHER_GRID_SHARE, quantize_calibrated_
 from halfbyte.export.description import write_description
 from halfbyte.export.folder import new_folder
 from halfbyte.export.in_place import merge_in_place
@@ -58,7 +58,8 @@ def export_calibrated(
     source = source if isinstance(source, ModelSource) else resolve_source(source)
     with new_folder(Path(out_folder), overwrite=overwrite) as folder:
         model, half_dtype = _load_merged(source, adapter, trained_on, device)
-        quantize_calibrated_(model, batches_BT, spec, on_progress=on_progress)
+        share = 1.0 if adapter is None or trained_on is None else OTHER_GRID_SHARE
+        quantize_calibrated_(model, batches_BT, spec, scale_share=share, on_progress=on_progress)
         report = _write(model, folder, spec, half_dtype)
         changes = {"quantization_config": config_entry(spec, half_dtype)}
         write_description(folder, source, model, dtype=half_dtype, changes=changes, tokenizer_folder=tokenizer_folder)

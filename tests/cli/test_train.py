@@ -195,6 +195,33 @@ def test_merge_gives_a_plain_model(
     assert "already holds a model; name another folder" in again.err
 
 
+def test_merge_into_4_bits_keeps_the_adapter(
+    halfbyte: Run, run_folder: Path, examples_file: Path, held_out_file: Path, tmp_path: Path
+) -> None:
+    merged = tmp_path / "merged"
+    done = halfbyte("merge", run_folder, merged, "--bits=4", "--calibrate", examples_file, "--rows=4")
+    assert done.code == 0, done.err
+    assert "calibrated on" in done.err
+    assert json.loads((merged / "config.json").read_text())["quantization_config"]["load_in_4bit"]
+    tuned = json.loads(halfbyte("eval", run_folder, held_out_file, "--json").out)
+    kept = json.loads(halfbyte("eval", merged, held_out_file, "--json", "--data.max_length=128").out)["model"]["loss"]
+    base, after = tuned["base"]["loss"], tuned["tuned"]["loss"]
+    assert kept < base - 0.5 * (base - after)
+    refused = halfbyte("merge", run_folder, tmp_path / "other", "--bits=4", "--onto=original")
+    assert "--bits 4 goes with --onto dequantized" in refused.err
+
+
+def test_quantize_can_be_calibrated(halfbyte: Run, model_folder: Path, examples_file: Path, tmp_path: Path) -> None:
+    done = halfbyte("quantize", model_folder, tmp_path / "nf4", "--calibrate", examples_file, "--rows=2")
+    assert done.code == 0, done.err
+    assert "14 linear layers in nf4" in done.err
+    short = tmp_path / "short.jsonl"
+    short.write_text(examples_file.read_text().splitlines()[0] + "\n")
+    refused = halfbyte("quantize", model_folder, tmp_path / "other", "--calibrate", short)
+    assert "calibration needs 512 at least" in refused.err
+    assert not (tmp_path / "other").exists()
+
+
 def test_merge_refuses_a_model_without_an_adapter(halfbyte: Run, model_folder: Path, tmp_path: Path) -> None:
     done = halfbyte("merge", model_folder, tmp_path / "merged")
     assert done.code == 2
