@@ -1,4 +1,4 @@
-"""Output folders: written beside their place and moved there when they are whole."""
+"""Output folders and files: written beside their place and moved there when they are whole."""
 
 from __future__ import annotations
 
@@ -36,6 +36,42 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         _move(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Give the name of a file to write that becomes `path` if the block ends well, and vanishes otherwise.
+
+    Args:
+        path: What it shall be called.
+
+    Raises:
+        ConfigError: There is something at `path`, or its folder cannot be written to.
+    """
+    path = refuse_existing(path.absolute())
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+    try:
+        yield temporary
+        refuse_existing(path)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def refuse_existing(path: Path) -> Path:
+    """Return `path` unless something is there.
+
+    Raises:
+        ConfigError: Something is.
+    """
+    if path.exists():
+        raise ConfigError(f"{path} exists; name another file, or remove it first")
+    return path
 
 
 def _move(temporary: Path, path: Path) -> None:

@@ -30,9 +30,9 @@ from halfbyte.export.base_rows import iter_base_rows
 from halfbyte.export.description import write_description
 from halfbyte.export.folder import new_folder
 from halfbyte.export.rounding import generator_for, round_fairly
-from halfbyte.export.shards import ShardWriter
+from halfbyte.export.shards import ShardWriter, TensorWriter
 from halfbyte.models import PreTrainedModel
-from halfbyte.models.adapter_files import Adapter, find_adapter_weights, open_adapter
+from halfbyte.models.adapter_files import Adapter, AdapterTensors, find_adapter_weights, open_adapter
 from halfbyte.models.build import build_meta_model
 from halfbyte.models.describe import load_config
 from halfbyte.models.load import quantizable_layers
@@ -40,11 +40,13 @@ from halfbyte.models.placement import Placement, make_placements
 from halfbyte.models.run_folder import load_run_quant
 from halfbyte.models.source import ModelSource, resolve_source
 from halfbyte.models.weights import LazyTensor, iter_weights
+from halfbyte.nn import LoraSpec
 from halfbyte.ops import quantize_4bit
 from halfbyte.quant import QuantizedTensor, QuantSpec
 from halfbyte.quant.bnb_format import load_quantized
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+NO_ADAPTER = Adapter(spec=LoraSpec(), tensors=AdapterTensors(lora_A={}, lora_B={}, saved={}), alphas={})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,51 +101,105 @@ def merge_adapter(
         ConfigError: An option that cannot be honoured, or something is at `out_folder`.
         FormatError: Base or adapter is damaged, or they do not belong together.
     """
-    if onto not in ("original", "dequantized"):
-        raise ConfigError(f"onto is {onto!r}; allowed: original, dequantized")
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
+    merger = open_merge(base_source, adapter, onto=onto, dtype=DTYPES.get(dtype), spec=spec)
+    with new_folder(Path(out_folder), overwrite=overwrite) as folder:
+        writer = ShardWriter(folder, merger.names())
+        try:
+            merger.write_weights(writer)
+            writer.close()
+        finally:
+            writer.abandon()
+        write_description(
+            folder,
+            merger.source,
+            merger.model,
+            dtype=merger.dtype,
+            changes={"tie_word_embeddings": False} if merger.untied else {},
+            tokenizer_folder=tokenizer_beside(adapter),
+        )
+    return merger.report(writer.total_bytes)
+
+
+def open_merge(
+    base_source: str | Path | ModelSource,
+    adapter: str | Path | None,
+    *,
+    onto: str,
+    dtype: torch.dtype | None,
+    spec: QuantSpec | Literal["run"] | None,
+    keeps_vectors: bool = False,
+) -> Merger:
+    """Read everything but the base's weights, and settle what becomes of each of them.
+
+    Args:
+        base_source: As for `merge_adapter`.
+        adapter: Likewise; None for the base as it is.
+        onto: Likewise.
+        dtype: Of the result; None keeps what each tensor has, and merges into the model's own dtype.
+        spec: As for `merge_adapter`.
+        keeps_vectors: Leave tensors of one dimension in the dtype they have, whatever `dtype` is.
+
+    Raises:
+        ConfigError: An option that cannot be honoured.
+        FormatError: Base or adapter is damaged, or they do not belong together.
+    """
+    if onto not in ("original", "dequantized"):
+        raise ConfigError(f"onto is {onto!r}; allowed: original, dequantized")
     source = base_source if isinstance(base_source, ModelSource) else resolve_source(base_source)
     config = load_config(source)
     model = build_meta_model(config, dtype=torch.float32)
     placements = make_placements(model, [tensor for _, tensor in iter_weights(source)])
-    opened = open_adapter(model, adapter)
+    opened = NO_ADAPTER if adapter is None else open_adapter(model, adapter)
     if spec == "run":
-        spec = load_run_quant(Path(adapter))
-    is_stored_in_4bit = any(placement.is_quantized for placement in placements)
+        spec = None if adapter is None else load_run_quant(Path(adapter))
     layers = set()
-    if onto == "dequantized" and spec is not None and not is_stored_in_4bit:
+    if onto == "dequantized" and spec is not None and not any(placement.is_quantized for placement in placements):
         layers = quantizable_layers(model, config)
-    merger = _Merger(model, opened, spec=spec, layers=layers, dtype=DTYPES.get(dtype))
-    merger.choose_dtype(source, placements)
-    adapter_folder = find_adapter_weights(Path(adapter)).parent
-    has_tokenizer = (adapter_folder / "tokenizer_config.json").exists()
-    with new_folder(Path(out_folder), overwrite=overwrite) as folder:
-        num_bytes = merger.write_weights(placements, folder)
-        write_description(
-            folder,
-            source,
-            model,
-            dtype=merger.dtype,
-            changes={"tie_word_embeddings": False} if merger.untied else {},
-            tokenizer_folder=adapter_folder if has_tokenizer else None,
-        )
-    return merger.report(onto, num_bytes, is_stored_in_4bit=is_stored_in_4bit)
+    merger = Merger(source, model, placements, opened, onto=onto, spec=spec, layers=layers, dtype=dtype)
+    merger.keeps_vectors = keeps_vectors
+    return merger
 
 
-class _Merger:
-    """Everything that decides what becomes of one tensor."""
+def tokenizer_beside(adapter: str | Path | None) -> Path | None:
+    """Return the folder of an adapter if a tokenizer lies there, which is then used in place of the base's."""
+    if adapter is None:
+        return None
+    folder = find_adapter_weights(Path(adapter)).parent
+    return folder if (folder / "tokenizer_config.json").exists() else None
+
+
+class Merger:
+    """Everything that decides what becomes of one tensor.
+
+    Attributes:
+        source: Where the base comes from.
+        model: Of the base, on the meta device.
+        placements: Which of its tensors make which parameter.
+        dtype: Of merged weights.
+        untied: Whether parameters that were one tensor become two.
+        keeps_vectors: Leave tensors of one dimension in the dtype they have.
+    """
 
     def __init__(
         self,
+        source: ModelSource,
         model: PreTrainedModel,
+        placements: list[Placement],
         adapter: Adapter,
         *,
+        onto: str,
         spec: QuantSpec | None,
         layers: set[str],
         dtype: torch.dtype | None,
     ) -> None:
-        self._model = model
+        """Settle the dtype; `layers` are those whose weights are replaced by their 4-bit form, written out."""
+        self.source = source
+        self.model = model
+        self.placements = placements
+        self.keeps_vectors = False
+        self._onto = onto
         self._adapter = adapter
         self._spec = spec
         self._layers = layers
@@ -156,45 +212,39 @@ class _Merger:
         # Sums of update * update and of update * (written - base), for the report.
         self._update_square = 0.0
         self._update_kept = 0.0
+        if dtype is None:
+            self._choose_dtype()
 
-    def choose_dtype(self, source: ModelSource, placements: list[Placement]) -> None:
-        """Settle the dtype of merged weights: what was asked for, or that of the model's own."""
-        if self._asked_dtype is not None:
-            return
+    def _choose_dtype(self) -> None:
+        """Take the dtype of the model's own weights."""
         counts: dict[torch.dtype, int] = {}
-        for placement in placements:
+        for placement in self.placements:
             for tensor in placement.tensors:
-                if source.kind != "gguf" and tensor.dtype in DTYPES.values() and not placement.is_quantized:
+                if self.source.kind != "gguf" and tensor.dtype in DTYPES.values() and not placement.is_quantized:
                     counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.num_bytes
         self.dtype = max(counts, key=lambda found: counts[found]) if counts else torch.bfloat16
         rounded = "" if self.dtype == torch.float32 else ", rounded so that small updates survive"
         self._reason = ("the model's own" if counts else "what a 4-bit base is usually computed in") + rounded
 
-    def write_weights(self, placements: list[Placement], folder: Path) -> int:
-        """Write all weights of the merged model, and return their bytes."""
-        writer = ShardWriter(folder, self._names(placements))
-        try:
-            for placement in placements:
-                self._write(placement, writer)
-            self._write_untied(placements, writer)
-            writer.close()
-        finally:
-            writer.abandon()
-        return writer.total_bytes
+    def write_weights(self, writer: TensorWriter) -> None:
+        """Give all weights of the merged model to a writer, under the names that the checkpoint has for them."""
+        for placement in self.placements:
+            self._write(placement, writer)
+        self._write_untied(writer)
 
-    def _names(self, placements: list[Placement]) -> list[str]:
+    def names(self) -> list[str]:
         """Return the name of every tensor that may be written."""
-        names = [name for p in placements for name in (p.target, *(tensor.name for tensor in p.tensors))]
-        products = [name for p in placements if p.rule is not None for name in self._model.state_dict()]
-        tied = [name for pair in self._model.all_tied_weights_keys.items() for name in pair]
+        names = [name for p in self.placements for name in (p.target, *(tensor.name for tensor in p.tensors))]
+        products = [name for p in self.placements if p.rule is not None for name in self.model.state_dict()]
+        tied = [name for pair in self.model.all_tied_weights_keys.items() for name in pair]
         return [*names, *products, *self._saved, *tied]
 
-    def _write(self, placement: Placement, writer: ShardWriter) -> None:
+    def _write(self, placement: Placement, writer: TensorWriter) -> None:
         """Write what one placement becomes."""
         if placement.rule is not None:
             self._write_converted(placement, writer)
             return
-        name, path = _stored_name(placement), placement.target.removesuffix(".weight")
+        name, path = stored_name(placement), placement.target.removesuffix(".weight")
         self._written.add(placement.target)
         if placement.target in self._saved:
             writer.add(name, self._cast(self._saved[placement.target], name))
@@ -203,12 +253,12 @@ class _Merger:
         else:
             self._copy(placement.tensors[0], writer)
 
-    def _write_untied(self, placements: list[Placement], writer: ShardWriter) -> None:
+    def _write_untied(self, writer: TensorWriter) -> None:
         """Write parameters that shared a tensor with another and no longer equal it, such as a tied head."""
         if not self.untied:
             return
-        tied = self._model.all_tied_weights_keys
-        by_target = {placement.target: placement for placement in placements}
+        tied = self.model.all_tied_weights_keys
+        by_target = {placement.target: placement for placement in self.placements}
         for name in sorted((tied.keys() | set(tied.values())) - self._written):
             partner = tied.get(name) or next(target for target, source in tied.items() if source == name)
             path = name.removesuffix(".weight")
@@ -220,10 +270,10 @@ class _Merger:
                 writer.add(name, self._cast(by_target[partner].tensors[0].read(), name))
             self._written.add(name)
 
-    def report(self, onto: str, num_bytes: int, *, is_stored_in_4bit: bool) -> MergeReport:
-        """Return what was done."""
-        notes = []
-        if is_stored_in_4bit:
+    def report(self, num_bytes: int) -> MergeReport:
+        """Return what was done, once the weights are written."""
+        notes, onto = [], self._onto
+        if any(placement.is_quantized for placement in self.placements):
             onto = "dequantized"
             notes.append("the base is stored in 4 bits: its 4-bit weights are what it has")
         elif onto == "dequantized" and self._spec is None:
@@ -243,13 +293,13 @@ class _Merger:
 
     def _find_untied(self) -> bool:
         changed = self._saved.keys() | {f"{path}.weight" for path in self._adapter.tensors.lora_A}
-        return any(name in changed for pair in self._model.all_tied_weights_keys.items() for name in pair)
+        return any(name in changed for pair in self.model.all_tied_weights_keys.items() for name in pair)
 
     def _base_of(self, placement: Placement, path: str) -> torch.Tensor | QuantizedTensor:
         """Return the base weight, in the form whose values it has."""
         if placement.is_quantized:
             parts = {tensor.name: tensor.read().clone() for tensor in placement.tensors}
-            return load_quantized(_stored_name(placement).removesuffix("weight"), parts)
+            return load_quantized(stored_name(placement).removesuffix("weight"), parts)
         return self._quantized_if_meant(placement.tensors[0].read(), path)
 
     def _quantized_if_meant(self, weight: torch.Tensor, path: str) -> torch.Tensor | QuantizedTensor:
@@ -258,7 +308,7 @@ class _Merger:
         assert self._spec is not None
         return quantize_4bit(weight, self._spec)
 
-    def _write_layer(self, name: str, path: str, base: torch.Tensor | QuantizedTensor, writer: ShardWriter) -> None:
+    def _write_layer(self, name: str, path: str, base: torch.Tensor | QuantizedTensor, writer: TensorWriter) -> None:
         num_rows, width = base.shape
         writer.add_parts(name, self._merged_rows(name, path, base), dtype=self.dtype, shape=(num_rows, width))
 
@@ -277,14 +327,14 @@ class _Merger:
             self._update_kept += float((written.float() - values).mul_(update).sum(dtype=torch.float64))
             yield written
 
-    def _write_converted(self, placement: Placement, writer: ShardWriter) -> None:
+    def _write_converted(self, placement: Placement, writer: TensorWriter) -> None:
         """Copy the tensors behind a rule as they are, unless the merge touches a parameter that the rule makes."""
         touched = {f"{path}.weight" for path in (*self._layers, *self._adapter.tensors.lora_A)} | self._saved.keys()
         if not touched & set(placement.products()):
             for tensor in placement.tensors:
                 self._copy(tensor, writer)
             return
-        for name, made in placement.convert(self._model).items():
+        for name, made in placement.convert(self.model).items():
             self._written.add(name)
             path = name.removesuffix(".weight")
             if name in self._saved:
@@ -294,16 +344,23 @@ class _Merger:
             else:
                 writer.add(name, self._cast(made, name))
 
-    def _copy(self, tensor: LazyTensor, writer: ShardWriter) -> None:
+    def _copy(self, tensor: LazyTensor, writer: TensorWriter) -> None:
         self._written.add(tensor.name)
         is_16bit_result = self._asked_dtype is None and tensor.storage_dtype == tensor.dtype
-        dtype = tensor.dtype if is_16bit_result or not tensor.dtype.is_floating_point else self.dtype
+        is_kept = is_16bit_result or not tensor.dtype.is_floating_point
+        dtype = tensor.dtype if is_kept else self.dtype
         value = tensor.read()
-        if dtype != tensor.dtype:
-            value = self._cast(value, tensor.name)
-        writer.add(tensor.name, value)
+        if dtype == tensor.dtype:
+            writer.add(tensor.name, value)
+        elif value.dim() == 2:
+            rows = (self._cast(values, tensor.name) for _, values in iter_base_rows(value))
+            writer.add_parts(tensor.name, rows, dtype=dtype, shape=tensor.shape)
+        else:
+            writer.add(tensor.name, self._cast(value, tensor.name))
 
     def _cast(self, value: torch.Tensor, name: str) -> torch.Tensor:
+        if self.keeps_vectors and value.dim() == 1:
+            return value
         self._check_range(value, name)
         return value.to(self.dtype)
 
@@ -314,7 +371,7 @@ class _Merger:
                 raise FormatError(f"{name} reaches {largest:.3g}, beyond float16; merge to bfloat16 or float32")
 
 
-def _stored_name(placement: Placement) -> str:
+def stored_name(placement: Placement) -> str:
     """Return the name that the checkpoint has for a parameter."""
     names: list[Any] = [tensor.name for tensor in placement.tensors]
     return min(names, key=len) if placement.is_quantized else names[0]

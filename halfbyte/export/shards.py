@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -24,6 +24,18 @@ HEADER_ALIGNMENT = 8
 # What a tensor takes in the header beside its name: dtype, shape, two offsets, punctuation.
 ENTRY_BYTES = 160
 METADATA = {"format": "pt"}
+
+
+class TensorWriter(Protocol):
+    """What takes the weights of a model, tensor by tensor."""
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a whole tensor."""
+
+    def add_parts(
+        self, name: str, parts: Iterable[torch.Tensor], *, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> None:
+        """Write a tensor that comes in parts, one after the other in memory order."""
 
 
 class ShardWriter:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ def iter_gguf_weights(file: GgufFile) -> Iterator[GgufWeight]:
         FormatError: The architecture is not known to be read right, or a tensor is unknown.
     """
     family = check_architecture(file)
-    names = _names(file)
+    names = make_tensor_names(_architecture(file), int(_field(file, "block_count")))
     for tensor in file.tensors.values():
         if tensor.name == ROPE_FACTORS:
             continue
@@ -108,10 +108,46 @@ def make_rope_parameters(file: GgufFile) -> dict[str, Any] | None:
     factors = file.read(file.tensors[ROPE_FACTORS]).double()
     theta = float(_field(file, "rope.freq_base"))
     factor = float(factors.max())
-    expected = _llama3_factors(factors.numel(), theta, factor)
+    parameters = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **LLAMA3_ROPE}
+    expected = make_rope_factors(parameters, factors.numel())
     if not torch.allclose(factors, expected, rtol=1e-3):
         raise FormatError(f"{file.path}: its {ROPE_FACTORS} are not Llama 3's; get the model as safetensors instead")
-    return {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **LLAMA3_ROPE}
+    return parameters
+
+
+def make_rope_factors(parameters: Mapping[str, Any], num_frequencies: int) -> torch.Tensor:
+    """Return what Llama 3 divides each rotary frequency by: 1 for short waves, `factor` for long ones, or a blend.
+
+    Args:
+        parameters: As transformers' configuration has them, of rope_type llama3.
+        num_frequencies: Half the width of a head.
+    """
+    exponents = torch.arange(num_frequencies, dtype=torch.float64) / num_frequencies
+    wavelengths = 2 * math.pi * parameters["rope_theta"] ** exponents
+    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    smooth = (parameters["original_max_position_embeddings"] / wavelengths - low) / (high - low)
+    return 1 / ((1 - smooth.clamp(0, 1)) / parameters["factor"] + smooth.clamp(0, 1))
+
+
+def make_tensor_names(architecture: str, num_layers: int) -> dict[str, str]:
+    """Return transformers' name for each tensor that a file of an architecture may hold."""
+    import gguf
+
+    number = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    name_map = gguf.get_tensor_name_map(number, num_layers)
+    layer_paths = [f"model.layers.{layer}.{module}" for layer in range(num_layers) for module in _LAYER_MODULES]
+    names = {}
+    for path in (*_OUTER_MODULES, *layer_paths):
+        gguf_path = name_map.get_name(path)
+        if gguf_path is not None:
+            for suffix in (".weight", ".bias"):
+                names[gguf_path + suffix] = path + suffix
+    return names
+
+
+def interleave_halves(halves: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Reorder rows of q or k as the llama architecture has them: (head, which, pair) to (head, pair, which of it)."""
+    return _swap_in_heads(halves, (num_heads, 2, halves.shape[0] // num_heads // 2))
 
 
 def check_architecture(file: GgufFile) -> GgufFamily:
@@ -135,23 +171,6 @@ def _field(file: GgufFile, key: str) -> Any:
     return file.fields[full_key]
 
 
-def _names(file: GgufFile) -> dict[str, str]:
-    import gguf
-
-    architecture = _architecture(file)
-    number = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
-    num_layers = int(_field(file, "block_count"))
-    name_map = gguf.get_tensor_name_map(number, num_layers)
-    layer_paths = [f"model.layers.{layer}.{module}" for layer in range(num_layers) for module in _LAYER_MODULES]
-    names = {}
-    for path in (*_OUTER_MODULES, *layer_paths):
-        gguf_path = name_map.get_name(path)
-        if gguf_path is not None:
-            for suffix in (".weight", ".bias"):
-                names[gguf_path + suffix] = path + suffix
-    return names
-
-
 def _reader(file: GgufFile, tensor: GgufTensor, family: GgufFamily) -> Callable[[], torch.Tensor]:
     if family.interleaved_rotary and (".attn_q." in tensor.name or ".attn_k." in tensor.name):
         num_heads = int(_field(file, "attention.head_count"))
@@ -165,15 +184,8 @@ def _reader(file: GgufFile, tensor: GgufTensor, family: GgufFamily) -> Callable[
 
 def _restore_halves(interleaved: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Undo the reordering of rows: (head, pair, which of the pair) to (head, which, pair)."""
-    half = interleaved.shape[0] // num_heads // 2
-    pairs = interleaved.reshape(num_heads, half, 2, *interleaved.shape[1:])
-    return pairs.transpose(1, 2).reshape(interleaved.shape)
+    return _swap_in_heads(interleaved, (num_heads, interleaved.shape[0] // num_heads // 2, 2))
 
 
-def _llama3_factors(num_frequencies: int, theta: float, factor: float) -> torch.Tensor:
-    """Return what Llama 3 divides each rotary frequency by: 1 for short waves, `factor` for long ones, or a blend."""
-    exponents = torch.arange(num_frequencies, dtype=torch.float64) / num_frequencies
-    wavelengths = 2 * math.pi * theta**exponents
-    low, high = LLAMA3_ROPE["low_freq_factor"], LLAMA3_ROPE["high_freq_factor"]
-    smooth = (LLAMA3_ROPE["original_max_position_embeddings"] / wavelengths - low) / (high - low)
-    return 1 / ((1 - smooth.clamp(0, 1)) / factor + smooth.clamp(0, 1))
+def _swap_in_heads(rows: torch.Tensor, order: tuple[int, int, int]) -> torch.Tensor:
+    return rows.reshape(*order, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
