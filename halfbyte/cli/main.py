@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": "answer prompts with a tuned model",
     "eval": "measure a tuned model on held-out examples, with and without its adapter",
     "merge": "put the adapter into the base: one plain model",
+    "export": "write a tuned model as a GGUF file, for llama.cpp and Ollama",
     "quantize": "write a model as a 4-bit checkpoint",
     "schema": "print the JSON schema of run.yaml, for editors",
 }
