@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import importlib.metadata
 import os
 import platform
 import re
@@ -148,6 +149,14 @@ def describe_machine() -> Machine:
         python=platform.python_version(),
         torch=torch.__version__,
     )
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package, None where it is not installed. Nothing is imported."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def keep_freed_memory() -> bool:

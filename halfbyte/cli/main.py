@@ -24,6 +24,7 @@ COMMANDS = {
     "merge": "put the adapter into the base: one plain model",
     "export": "write a tuned model as a GGUF file, for llama.cpp and Ollama",
     "quantize": "write a model as a 4-bit checkpoint",
+    "runs": "list what was trained, with held-out losses",
     "schema": "print the JSON schema of run.yaml, for editors",
 }
 

@@ -11,6 +11,7 @@ from halfbyte.errors import ConfigError
 
 RUNS_FOLDER = Path("runs")
 RUN_FILES = ("adapter_config.json", "adapter_model.safetensors", "run.yaml", "summary.json")
+REPORT_FILE = "report.html"
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
 
 
@@ -83,6 +84,12 @@ def _default_folder(config: RunConfig) -> Path:
     if config.train.resume and numbers:
         return RUNS_FOLDER / f"{stem}-{max(numbers)}"
     return RUNS_FOLDER / f"{stem}-{max(numbers, default=0) + 1}"
+
+
+def source_name(source: str) -> str:
+    """Return what a person calls a model or data set: a hub id as it is, of a path the last part."""
+    is_path = source.startswith(("/", ".", "~")) or "\\" in source or source.count("/") > 1 or Path(source).exists()
+    return Path(source.rstrip("/\\")).name or source if is_path else source
 
 
 def _stem(source: str) -> str:

@@ -44,6 +44,8 @@ class PlannedRun:
     """What each block keeps; None leaves it to the trainer."""
     text: str
     """For people."""
+    plan: MemoryPlan | None
+    """None where none could be made."""
 
 
 def plan_run(config: RunConfig, device: torch.device) -> PlannedRun:
@@ -87,6 +89,7 @@ def plan_run(config: RunConfig, device: torch.device) -> PlannedRun:
         ),
         policies=choice.policy_of_blocks if run.fused else None,
         text=show_plan(plan),
+        plan=plan,
     )
 
 
@@ -144,6 +147,7 @@ def _unplanned(config: RunConfig, why: str) -> PlannedRun:
         ),
         policies=None,
         text=f"no memory plan: {why}" + (f"; held to {size_of(memory.gpu_bytes)}" if memory.gpu_bytes else ""),
+        plan=None,
     )
 
 

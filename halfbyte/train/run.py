@@ -2,7 +2,8 @@
 
     plan -> load -> read, split, tokenise -> attach adapters -> measure -> train -> measure again -> summary
 
-Everything a run leaves is in its output folder: adapter and tokenizer, run.yaml, summary.json, logs/, checkpoint-N/.
+Everything a run leaves is in its output folder: adapter and tokenizer, run.yaml, summary.json, report.html, logs/,
+checkpoint-N/.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from halfbyte.nn import LoraSpec, adapters_disabled
 from halfbyte.train.callbacks import ProgressLine
 from halfbyte.train.evaluate import HeldOut
 from halfbyte.train.planning import PlannedRun, plan_run
+from halfbyte.train.report import make_record, save_report
 from halfbyte.train.samples import Sample, answer_questions, choose_questions
 from halfbyte.train.setup import RunData, attach, build_arguments, load_base, load_data, prepare_folder
 from halfbyte.train.summary import Comparison, Summary, make_summary, print_summary
@@ -87,6 +89,7 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
     comparison = judge.compare(before, judge.ask_tuned())
     summary = make_summary(trainer, report, comparison, seconds=time.perf_counter() - started)
     summary.save(folder)
+    save_report(make_record(trainer, summary, config=config, folder=folder, data=data.train.report, plan=planned.plan))
     print_summary(console, summary, folder)
     loaded.model.eval()
     return RunResult(output_dir=folder, model=loaded.model, tokenizer=loaded.tokenizer, summary=summary)

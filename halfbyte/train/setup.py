@@ -12,7 +12,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.config import DataSection, LoraSection, RunConfig
-from halfbyte.config.output import RUN_FILES
+from halfbyte.config.output import REPORT_FILE, RUN_FILES
 from halfbyte.data import (
     Example,
     PreparedData,
@@ -75,7 +75,7 @@ def prepare_folder(config: RunConfig) -> Path:
     if config.train.overwrite:
         for path in (*list_checkpoints(folder), folder / "logs"):
             shutil.rmtree(path, ignore_errors=True)
-        for name in RUN_FILES:
+        for name in (*RUN_FILES, REPORT_FILE):
             (folder / name).unlink(missing_ok=True)
     return folder
 

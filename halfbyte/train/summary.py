@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from halfbyte.config.output import REPORT_FILE
 from halfbyte.nn import AdapterReport
 from halfbyte.train.callbacks import format_seconds
 from halfbyte.train.evaluate import HeldOut
@@ -38,11 +40,14 @@ class Summary:
     steps: int
     """Optimizer steps in all."""
     steps_now: int
-    """Of them, those since the run was started or resumed; the times below are theirs."""
+    """Of them, those since the run was started or resumed; tokens and times below are theirs."""
     epochs: float
     held_out_before: HeldOut | None
     """Of the base model."""
     held_out_after: HeldOut | None
+    num_tokens: int
+    num_trained_tokens: int
+    """Of them, those that were a target."""
     train_seconds: float
     """Without evaluations and checkpoints."""
     total_seconds: float
@@ -54,6 +59,8 @@ class Summary:
     total_parameters: int
     samples: tuple[Sample, ...]
     notes: tuple[str, ...]
+    finished_at: str
+    """Date and time in UTC, as ISO 8601 writes them."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, held-out figures with their perplexity."""
@@ -66,9 +73,14 @@ class Summary:
 
     def save(self, folder: Path) -> None:
         """Write summary.json, whole or not at all."""
-        temporary = folder / f".{SUMMARY_FILE}.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / SUMMARY_FILE)
+        save_text(json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n", folder / SUMMARY_FILE)
+
+
+def save_text(text: str, path: Path) -> None:
+    """Write a file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def make_summary(
@@ -83,6 +95,8 @@ def make_summary(
         epochs=float(trainer.state.epoch or 0.0),
         held_out_before=comparison.before,
         held_out_after=comparison.after,
+        num_tokens=meter.num_tokens,
+        num_trained_tokens=meter.num_trained_tokens,
         train_seconds=meter.seconds,
         total_seconds=seconds,
         tokens_per_second=meter.tokens_per_second,
@@ -93,6 +107,7 @@ def make_summary(
         total_parameters=adapters.total_parameters,
         samples=comparison.samples,
         notes=tuple(trainer.notes),
+        finished_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
 
 
@@ -122,6 +137,7 @@ def print_summary(console: Console, summary: Summary, folder: Path) -> None:
         f"peak memory {summary.peak_memory_bytes / 2**30:.2f} GiB on {summary.device}"
     )
     say(f"adapter, tokenizer, run.yaml, {SUMMARY_FILE}: {folder}")
+    say(f"to look at, in a browser: {folder / REPORT_FILE}")
     if (folder / "logs").exists():
         say(f"curves: tensorboard --logdir {folder / 'logs'}")
     say(f"next:  halfbyte chat {folder} --compare")
