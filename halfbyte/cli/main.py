@@ -23,6 +23,8 @@ COMMANDS = {
     "eval": "measure a tuned model on held-out examples, with and without its adapter",
     "merge": "put the adapter into the base: one plain model",
     "quantize": "write a model as a 4-bit checkpoint",
+    "runs": "list what has been trained, with held-out loss before and after",
+    "doctor": "say what works on this machine and what is missing, and train one step to prove it",
     "schema": "print the JSON schema of run.yaml, for editors",
 }
 
