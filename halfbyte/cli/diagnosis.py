@@ -68,15 +68,13 @@ def describe_hardware() -> dict[str, str]:
 
     machine = describe_machine()
     features = [name for name in CPU_FEATURES if name in cpu_features()]
-    free_on_host = free_bytes(torch.device("cpu")) / GIB
-    total = f"of {machine.host_bytes / GIB:.1f} GiB " if machine.host_bytes else ""
+    total = f"{machine.host_bytes / GIB:.1f} GiB, of them " if machine.host_bytes else ""
+    memory = f"{total}{free_bytes(torch.device('cpu')) / GIB:.1f} GiB free"
     facts = {
         "system": platform.platform(terse=True),
         "processor": f"{machine.cpu}, {machine.num_cpus} CPUs",
         "CPU features": ", ".join(features) or "none that is known to matter",
-        "memory": f"{free_on_host:.1f} {total}free".replace(" of", " GiB of")
-        if total
-        else f"{free_on_host:.1f} GiB free",
+        "memory": memory,
         "disk here": f"{shutil.disk_usage('.').free / GIB:.0f} GiB free",
     }
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from halfbyte.config import RunConfig, resolve_output_dir
 from halfbyte.config.load import save_run_config
 from halfbyte.device import keep_freed_memory, resolve_device
-from halfbyte.nn import adapters_disabled
+from halfbyte.nn import LoraSpec, adapters_disabled
 from halfbyte.train.callbacks import ProgressLine
 from halfbyte.train.evaluate import HeldOut
-from halfbyte.train.planning import plan_run
+from halfbyte.train.planning import PlannedRun, plan_run
 from halfbyte.train.report import make_record, save_report
 from halfbyte.train.samples import Sample, answer_questions, choose_questions
 from halfbyte.train.setup import RunData, attach, build_arguments, load_base, load_data, prepare_folder
@@ -74,15 +74,7 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
         eval_dataset=None if data.held_out is None else data.held_out.examples,
         processing_class=loaded.tokenizer,
         callbacks=[progress],
-        options=TrainerOptions(
-            row_tokens=config.data.max_length if config.data.packing else None,
-            base_model=config.model.path,
-            lora=spec,
-            fused=config.train.fused,
-            cuda_graphs=config.train.cuda_graphs,
-            fp8=config.train.fp8,
-            policies=planned.policies,
-        ),
+        options=_trainer_options(config, spec, planned),
     )
     for line in (*trainer.notes, trainer.describe_plan(), f"writing to {folder}"):
         _say(console, line)
@@ -146,6 +138,18 @@ class _Judge:
         model, tokenizer = self.trainer.model, self.trainer.processing_class
         assert isinstance(tokenizer, PreTrainedTokenizerBase)
         return answer_questions(model, tokenizer, self.questions, max_new_tokens=self.max_new_tokens, by_base=by_base)
+
+
+def _trainer_options(config: RunConfig, spec: LoraSpec, planned: PlannedRun) -> TrainerOptions:
+    return TrainerOptions(
+        row_tokens=config.data.max_length if config.data.packing else None,
+        base_model=config.model.path,
+        lora=spec,
+        fused=config.train.fused,
+        cuda_graphs=config.train.cuda_graphs,
+        fp8=config.train.fp8,
+        policies=planned.policies,
+    )
 
 
 def _say(console: Console, text: object) -> None:

