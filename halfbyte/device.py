@@ -130,7 +130,12 @@ def resolve_compute_dtype(name: str | torch.dtype, device: torch.device) -> Comp
 
 def cpu_has_fast_bf16() -> bool:
     """Say whether this CPU multiplies bf16 natively. Where the system lists no CPU features, the answer is no."""
-    return not BF16_FLAGS.isdisjoint(_cpu_info_line("flags", "Features").split())
+    return not BF16_FLAGS.isdisjoint(cpu_features())
+
+
+def cpu_features() -> frozenset[str]:
+    """Return the CPU's features by their names in /proc/cpuinfo; empty where the system lists none."""
+    return frozenset(_cpu_info_line("flags", "Features").split())
 
 
 def describe_machine() -> Machine:

@@ -24,7 +24,8 @@ COMMANDS = {
     "merge": "put the adapter into the base: one plain model",
     "export": "write a tuned model as a GGUF file, for llama.cpp and Ollama",
     "quantize": "write a model as a 4-bit checkpoint",
-    "runs": "list what was trained, with held-out losses",
+    "runs": "list what has been trained, with held-out loss before and after",
+    "doctor": "say what works on this machine and what is missing, and train one step to prove it",
     "schema": "print the JSON schema of run.yaml, for editors",
 }
 

@@ -103,10 +103,14 @@ def to_yaml(config: RunConfig) -> str:
 
 def save_run_config(config: RunConfig, folder: str | Path) -> Path:
     """Write the options of a run to run.yaml in its folder; not resume and overwrite, which only say how it began."""
-    train = dataclasses.replace(config.train, resume=False, overwrite=False)
     path = Path(folder) / "run.yaml"
-    path.write_text(to_yaml(dataclasses.replace(config, train=train)), encoding="utf-8")
+    path.write_text(to_yaml(lasting_config(config)), encoding="utf-8")
     return path
+
+
+def lasting_config(config: RunConfig) -> RunConfig:
+    """Return a config without what only says how a run began."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, resume=False, overwrite=False))
 
 
 RARE_LINE_ENDS = "\x85\u2028\u2029"

@@ -23,6 +23,10 @@ class Axis:
         """Return the pixel of a value."""
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
+    def name(self, tick: float) -> str:
+        """Return what stands at a tick."""
+        return short_number(tick, largest=max(map(abs, self.ticks)))
+
 
 def make_axis(
     values: Iterable[float], *, start: float, end: float, num_ticks: int = 4, from_zero: bool = False
@@ -51,15 +55,16 @@ def make_step_axis(steps: Iterable[float], *, start: float, end: float, num_tick
     return Axis(low, high, ticks, start, end)
 
 
-def short_number(value: float) -> str:
-    """Return a number for a tick: 1.5M, 20k, 0.25, 2e-4."""
+def short_number(value: float, *, largest: float | None = None) -> str:
+    """Return a number for a tick: 1.5M, 20k, 0.25, 2e-4; in the unit of the largest one, so that an axis has one."""
+    size = abs(value if largest is None else largest)
     for divisor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= max(divisor, 1e4):
+        if value and size >= max(divisor, 1e4):
             return f"{value / divisor:g}{suffix}"
-    if value and abs(value) < 1e-3:
+    if value and size <= 1e-3:
         mantissa, _, exponent = f"{value:.3e}".partition("e")
         return f"{float(mantissa):g}e{int(exponent)}"
-    return f"{value:.4g}" if abs(value) < 1e3 else f"{value:,.0f}"
+    return f"{value:.4g}" if size < 1e3 else f"{value:,.0f}"
 
 
 def _range_of(values: list[float]) -> tuple[float, float]:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
-from halfbyte.train.report.axis import Axis, make_axis, make_step_axis, short_number
+from halfbyte.train.report.axis import Axis, make_axis, make_step_axis
 from halfbyte.train.report.curves import Point
 from halfbyte.train.report.markup import Markup, element, join
 
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 34
-# More places to point at than this cannot be told apart.
-MAX_HOVERS = 400
+# Narrower places to point at than this cannot be told apart.
+HOVER_PIXELS = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +41,6 @@ class LineChart:
     from_zero: bool = False
     limit: float | None = None
     """Where a dashed line is drawn across."""
-    limit_name: str = ""
 
     def describe(self, title: str) -> str:
         """Return in words what the chart shows, for those who do not see it."""
@@ -66,7 +66,7 @@ def draw_lines(chart: LineChart, title: str, *, width: int, height: int) -> Mark
         height,
         _value_axis(y, x),
         _step_axis(x, y),
-        *(_limit(chart, x, y) for _ in limits),
+        *(_limit(limit, x, y) for limit in limits),
         *(_curve(line, x, y) for line in chart.lines if line.points),
         *_hovers(chart, x, y),
     )
@@ -171,7 +171,7 @@ def _value_axis(y: Axis, x: Axis) -> Markup:
         join(
             [
                 element("line", class_="grid", x1=x.start, x2=x.end, y1=y.at(tick), y2=y.at(tick)),
-                element("text", short_number(tick), class_="tick", x=x.start - 8, y=y.at(tick) + 4, text_anchor="end"),
+                element("text", y.name(tick), class_="tick", x=x.start - 8, y=y.at(tick) + 4, text_anchor="end"),
             ]
         )
         for tick in y.ticks
@@ -180,21 +180,14 @@ def _value_axis(y: Axis, x: Axis) -> Markup:
 
 def _step_axis(x: Axis, y: Axis) -> Markup:
     ticks = [
-        element("text", short_number(tick), class_="tick", x=x.at(tick), y=y.start + 16, text_anchor="middle")
+        element("text", x.name(tick), class_="tick", x=x.at(tick), y=y.start + 16, text_anchor="middle")
         for tick in x.ticks
     ]
     return join([*ticks, element("text", "step", class_="unit", x=x.end, y=y.start + 31, text_anchor="end")])
 
 
-def _limit(chart: LineChart, x: Axis, y: Axis) -> Markup:
-    assert chart.limit is not None
-    height = y.at(chart.limit)
-    return join(
-        [
-            element("line", class_="limit", x1=x.start, x2=x.end, y1=height, y2=height),
-            element("text", chart.limit_name, class_="unit", x=x.end, y=height - 5, text_anchor="end"),
-        ]
-    )
+def _limit(limit: float, x: Axis, y: Axis) -> Markup:
+    return element("line", class_="limit", x1=x.start, x2=x.end, y1=y.at(limit), y2=y.at(limit))
 
 
 def _curve(line: Line, x: Axis, y: Axis) -> Markup:
@@ -216,7 +209,7 @@ def _hovers(chart: LineChart, x: Axis, y: Axis) -> list[Markup]:
         for step, value in line.points:
             by_step.setdefault(step, []).append((line, value))
     steps = sorted(by_step)
-    steps = steps[:: -(-len(steps) // MAX_HOVERS)]
+    steps = steps[:: max(1, math.ceil(len(steps) * HOVER_PIXELS / (x.end - x.start)))]
     edges = [x.start, *(x.at((a + b) / 2) for a, b in itertools.pairwise(steps)), x.end]
     return [
         _hover(step, by_step[step], chart.say, x, y, left=left, right=right)

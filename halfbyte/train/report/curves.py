@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -26,13 +27,16 @@ def curve_of(history: Sequence[Mapping[str, float]], name: str) -> tuple[Point, 
 
 
 def smooth(points: Sequence[Point]) -> tuple[Point, ...]:
-    """Return the running mean that forgets over a fifteenth of the curve, without a pull towards its start.
+    """Return the mean of each point and its neighbours, a fifteenth of all.
 
-    mean_t = (1 - d) v_t + d mean_t-1, divided by 1 - d^t, which makes the first mean the first value.
+    They are as many before a point as after it, so that the curve has no lag; towards the ends there are fewer of them,
+    but never so few that the curve ends in a spike.
     """
-    decay = 1 - 1 / max(2.0, len(points) * SMOOTHED_SHARE)
-    mean, smoothed = 0.0, []
-    for number, (step, value) in enumerate(points, start=1):
-        mean = decay * mean + (1 - decay) * value
-        smoothed.append(Point(step, mean / (1 - decay**number)))
+    sums = list(itertools.accumulate((point.value for point in points), initial=0.0))
+    widest = max(1, round(len(points) * SMOOTHED_SHARE / 2))
+    smoothed = []
+    for index, point in enumerate(points):
+        radius = max(min(widest, index, len(points) - 1 - index), widest // 3)
+        first, last = max(index - radius, 0), min(index + radius, len(points) - 1)
+        smoothed.append(Point(point.step, (sums[last + 1] - sums[first]) / (last + 1 - first)))
     return tuple(smoothed)

@@ -16,6 +16,8 @@ GIB = 2**30
 # Below this width the page is a phone's; page.css says the same.
 WIDE, NARROW = (1080, 320), (330, 230)
 SMALL = (340, 190)
+# Those beside a legend as tall as this.
+TALL = (340, 262)
 NAMED_PARTS = 6
 
 
@@ -89,9 +91,9 @@ def _gradient_norm(record: RunRecord) -> Markup | None:
         say=lambda value: f"{value:.3g}",
         from_zero=True,
         limit=limit if is_near else None,
-        limit_name=f"clipped to {limit:g}",
     )
-    return _small("Gradient norm", "before clipping", chart)
+    keys = (Key(f"clipped to {limit:g}", "limit"),) if is_near else ()
+    return _small("Gradient norm", "before clipping", chart, keys=keys)
 
 
 def _speed(record: RunRecord) -> Markup | None:
@@ -110,9 +112,9 @@ def _memory_by_step(record: RunRecord) -> Markup | None:
         say=lambda value: f"{value:.2f} GiB",
         from_zero=True,
         limit=planned / GIB if planned else None,
-        limit_name="planned",
     )
-    return _small("Memory by step", "GiB", chart)
+    keys = (Key("in use", "train"), Key("planned", "limit")) if planned else ()
+    return _small("Memory by step", "GiB", chart, keys=keys, size=TALL)
 
 
 def _memory_by_purpose(record: RunRecord) -> Markup:
@@ -120,7 +122,9 @@ def _memory_by_purpose(record: RunRecord) -> Markup:
     rows: list[tuple[str, list[tuple[str, float]]]] = []
     if parts:
         rows.append(("planned", [(part.purpose, part.num_bytes) for part in parts]))
-    rows.append(("used at the peak", [("used at the peak", record.summary.peak_memory_bytes)]))
+    # A process' peak on a CPU is known with the files that it has mapped only, libraries above all.
+    used = "used at the peak" + (", mapped files included" if record.summary.device == "cpu" else "")
+    rows.append((used, [(used, record.summary.peak_memory_bytes)]))
     legend = [
         element(
             "li",
@@ -148,16 +152,18 @@ def _lengths(record: RunRecord) -> Markup | None:
     if not bins:
         return None
     drawn = draw_histogram(
-        bins, title="Lengths of examples", unit="tokens", counted="examples", width=SMALL[0], height=SMALL[1]
+        bins, title="Lengths of examples", unit="tokens", counted="examples", width=TALL[0], height=TALL[1]
     )
     return _figure("Lengths of the data", "examples", drawn)
 
 
-def _small(title: str, unit: str, chart: LineChart, *, keys: Iterable[Key] = ()) -> Markup | None:
+def _small(
+    title: str, unit: str, chart: LineChart, *, keys: Iterable[Key] = (), size: tuple[int, int] = SMALL
+) -> Markup | None:
     """Return a figure of a column's width, None where nothing was logged."""
     if not any(line.points for line in chart.lines):
         return None
-    return _figure(title, unit, draw_lines(chart, title, width=SMALL[0], height=SMALL[1]), keys=keys)
+    return _figure(title, unit, draw_lines(chart, title, width=size[0], height=size[1]), keys=keys)
 
 
 def _figure(title: str, unit: str, *content: Markup, keys: Iterable[Key] = ()) -> Markup:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from halfbyte import __version__
 from halfbyte.config import RunConfig
+from halfbyte.config.load import lasting_config
 from halfbyte.data import DataReport
 from halfbyte.device import Machine, describe_machine, installed_version
 from halfbyte.memory.plan import MemoryPlan
@@ -60,7 +61,7 @@ def make_record(
     return RunRecord(
         name=folder.resolve().name,
         folder=folder,
-        config=config,
+        config=lasting_config(config),
         summary=summary,
         history=tuple(trainer.state.log_history),
         data=data,

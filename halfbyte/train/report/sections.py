@@ -104,7 +104,13 @@ def answers_section(record: RunRecord) -> Markup:
     samples = record.summary.samples
     if not samples:
         return element("section")
-    return element("section", element("h2", "What it says"), *(_answer(sample) for sample in samples))
+    length = f"Held-out questions; answers end at {record.config.train.max_sample_tokens} tokens at the latest."
+    return element(
+        "section",
+        element("h2", "What it says"),
+        element("p", length, class_="quiet below"),
+        *(_answer(sample) for sample in samples),
+    )
 
 
 def _answer(sample: Sample) -> Markup:
