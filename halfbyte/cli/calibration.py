@@ -11,11 +11,16 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-ROW_TOKENS, ROWS_PER_BATCH = 512, 4
+ROWS, ROW_TOKENS, ROWS_PER_BATCH = 64, 512, 4
 
 
 def read_calibration(
-    file: str, options: DataSection, tokenizer: PreTrainedTokenizerBase, *, num_rows: int
+    file: str,
+    options: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_rows: int,
+    held_out_seed: int | None = None,
 ) -> list[torch.Tensor]:
     """Return batches of token ids, rows filled with one example after the other.
 
@@ -24,6 +29,7 @@ def read_calibration(
         options: How examples are read.
         tokenizer: Of the model.
         num_rows: Rows at most.
+        held_out_seed: Leaves out what a run of this seed held out of the file; None takes all examples.
 
     Raises:
         DataError: The examples do not fill one row.
@@ -31,13 +37,16 @@ def read_calibration(
     import numpy as np
     import torch
 
-    from halfbyte.data import build_renderer, load_examples, prepare
+    from halfbyte.data import build_renderer, load_examples, prepare, split_held_out
 
     loaded = load_examples(file, format=options.format, columns=options.columns, split=options.split)
     renderer = build_renderer(
         tokenizer, chat_template=options.chat_template, system=options.system, train_on=options.train_on
     )
-    prepared = prepare(loaded.examples, renderer, max_length=options.max_length, overlong=options.overlong)
+    examples = loaded.examples
+    if held_out_seed is not None:
+        examples, _ = split_held_out(examples, options.held_out_fraction, held_out_seed)
+    prepared = prepare(examples, renderer, max_length=options.max_length, overlong=options.overlong)
     tokens = np.concatenate([example.input_ids for example in prepared.examples])
     num_rows = min(num_rows, len(tokens) // ROW_TOKENS)
     if num_rows == 0:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.cli.arguments import CommandParser, at_least
-from halfbyte.cli.calibration import read_calibration
+from halfbyte.cli.calibration import ROWS, read_calibration
 from halfbyte.cli.console import progress_console
 from halfbyte.cli.tuned import READING, RUN_DEFAULTS, TunedSource, find_tokenizer, find_tuned, quant_spec
 from halfbyte.config.output import refuse_used_folder
@@ -47,7 +47,7 @@ def add_arguments(parser: CommandParser) -> None:
         "--bits", choices=("16", "4"), default="16", help="4: back into 4 bits, calibrated on examples; default: 16"
     )
     parser.add_argument("--calibrate", metavar="FILE", help="examples for --bits 4; default: those of the run")
-    parser.add_argument("--rows", metavar="N", type=at_least(1), default=64, help="of 512 tokens each; default: 64")
+    parser.add_argument("--rows", metavar="N", type=at_least(1), help=f"of 512 tokens each; default: {ROWS}")
     parser.epilog = EXPLANATION
 
 
@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     spec = quant_spec(source.config.quant)
     if args.bits == "4":
         return _merge_into_4bit(args, source, base, spec, output, console)
+    if args.calibrate is not None or args.rows is not None:
+        raise ConfigError("--calibrate and --rows go with --bits 4")
     report = merge_adapter(base, source.adapter, output, onto=args.onto, dtype=args.dtype, spec=spec)
     console.print(str(report), markup=False)
     console.print(f"wrote {output}", style="bold", markup=False)
@@ -85,11 +87,16 @@ def _merge_into_4bit(
 
     if args.onto != "dequantized":
         raise ConfigError("--bits 4 goes with --onto dequantized: what the adapter was trained on")
-    file = args.calibrate or source.config.data.train
+    if args.dtype != "auto":
+        raise ConfigError("--dtype is not for --bits 4, which writes what stays in 16 bits as it computes")
+    config = source.config
+    file = args.calibrate or config.data.train
     if not file:
         raise ConfigError("--bits 4 calibrates on examples, and no run tells which; name a file with --calibrate")
     tokenizer = find_tokenizer(str(source.tokenizer or source.config.model.path), source.config.model.revision)
-    batches = read_calibration(file, source.config.data, tokenizer, num_rows=args.rows)
+    # Of the run's own examples only those that it learned: what it held out stays unseen.
+    seed = config.train.seed if args.calibrate is None and config.data.held_out is None else None
+    batches = read_calibration(file, config.data, tokenizer, num_rows=args.rows or ROWS, held_out_seed=seed)
     with console.status("calibrating") as status:
         report = export_calibrated(
             base,

@@ -12,10 +12,9 @@ from typing import Any
 
 from halfbyte.cli.console import printable
 from halfbyte.config.load import load_config
-from halfbyte.config.output import holds_run, last_checkpoint, source_name
+from halfbyte.config.output import RUN_FILE, SUMMARY_FILE, holds_run, last_checkpoint, source_name
 from halfbyte.errors import ConfigError
 
-RUN_FILE, SUMMARY_FILE = "run.yaml", "summary.json"
 COLUMNS = ("name", "model", "data", "steps", "held-out loss", "time", "date")
 ALIGNED_RIGHT = ("steps", "time")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.cli.arguments import CommandParser, add_override
-from halfbyte.cli.planned import describe_run, read_shape
+from halfbyte.cli.planned import describe_run, find_shape
 from halfbyte.config import DataSection, LoraSection, MemorySection, ModelSection, QuantSection, RunConfig, TrainSection
 from halfbyte.config.load import make_section, parse_overrides, read_yaml
 from halfbyte.config.memory import parse_size
@@ -44,13 +44,13 @@ def add_arguments(parser: CommandParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = _read_config(args)
-    card, config = _find_card(args, config)
+    card = _find_card(args, config)
 
     from halfbyte.memory.plan import Budget, make_plan
     from halfbyte.memory.plan_text import as_record, show_plan, why_nothing_fits
     from halfbyte.memory.request import pins_of, run_shape_of
 
-    shape = read_shape(config.model.path, config.model.revision)
+    shape = find_shape(config.model.path, config.model.revision)
     is_narrow = config.compute_dtype != "float32" and (card.is_gpu or card.has_bf16)
     run_shape = run_shape_of(config, compute_bytes=2 if is_narrow else 4, is_fusable=shape.is_fusable)
     budget = Budget(
@@ -88,16 +88,16 @@ def _read_config(args: argparse.Namespace) -> RunConfig:
     return RunConfig(model=model, data=data, quant=quant, lora=lora, train=train, memory=memory)
 
 
-def _find_card(args: argparse.Namespace, config: RunConfig) -> tuple[Card, RunConfig]:
+def _find_card(args: argparse.Namespace, config: RunConfig) -> Card:
     from halfbyte.memory.cards import find_card
 
     if args.gpu not in ("this", "cpu"):
-        return find_card(args.gpu), config
+        return find_card(args.gpu)
     from halfbyte.device import resolve_device
     from halfbyte.memory.this_machine import card_of
 
     device = resolve_device("cpu" if args.gpu == "cpu" else config.model.device)
-    return card_of(device), config
+    return card_of(device)
 
 
 def _host_bytes(args: argparse.Namespace, config: RunConfig, card: Card) -> int:

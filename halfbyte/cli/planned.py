@@ -14,41 +14,28 @@ if TYPE_CHECKING:
     from halfbyte.memory.plan import MemoryPlan
 
 
-def read_shape(path: str, revision: str | None) -> ModelShape:
-    """Return the sizes of a model; of a hub id only config.json is downloaded.
+def find_shape(path: str, revision: str | None) -> ModelShape:
+    """Return the sizes of a model; see `halfbyte.models.shape.read_shape`, whose libraries take seconds to import.
+
+    A configuration on this machine that tells all its sizes is read without them.
 
     Raises:
         ConfigError: Nothing is there, or no sizes can be read from it.
         FormatError: It cannot be read.
     """
     found = Path(path).expanduser()
-    if found.is_dir():
-        found = found / "config.json"
-        if not found.exists():
-            raise FormatError(f"{found} is missing")
+    found = found / "config.json" if found.is_dir() else found
     if found.suffix == ".json" and found.exists():
         try:
             config = json.loads(found.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise FormatError(f"{found} is no JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise FormatError(f"{found} holds no JSON object")
-        # What tells all its sizes needs no transformers, which takes seconds to import.
-        if config.get("model_type") in FUSABLE_TYPES:
+        if isinstance(config, dict) and config.get("model_type") in FUSABLE_TYPES:
             return ModelShape.from_config(config, name=path)
 
-    from transformers import AutoConfig
+    from halfbyte.models.shape import read_shape
 
-    from halfbyte.models.describe import load_config
-    from halfbyte.models.hub import download_file, is_hub_file, is_hub_id
-    from halfbyte.models.shape import shape_of
-    from halfbyte.models.source import resolve_source
-
-    if not found.exists() and is_hub_id(path) and not is_hub_file(path):
-        found = download_file(f"{path}/config.json", revision)
-    if found.suffix == ".json":
-        return shape_of(AutoConfig.from_pretrained(found.parent), name=path)
-    return shape_of(load_config(resolve_source(path, revision)), name=path)
+    return read_shape(path, revision)
 
 
 def describe_run(config: RunConfig, plan: MemoryPlan) -> str:

@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 
 from halfbyte.cli.arguments import CommandParser, add_override, at_least
-from halfbyte.cli.calibration import read_calibration
+from halfbyte.cli.calibration import ROWS, read_calibration
 from halfbyte.cli.console import progress_console
 from halfbyte.cli.tuned import READING, quant_spec
 from halfbyte.config import DataSection
 from halfbyte.config.load import make_section, parse_overrides
 from halfbyte.config.output import refuse_used_folder
+from halfbyte.errors import ConfigError
 
 SECTIONS = (
     "quant.codebook",
@@ -35,7 +36,7 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "--calibrate", metavar="FILE", help="examples on which to lose least; needs the whole model in memory"
     )
-    parser.add_argument("--rows", metavar="N", type=at_least(1), default=64, help="of 512 tokens each; default: 64")
+    parser.add_argument("--rows", metavar="N", type=at_least(1), help=f"of 512 tokens each; default: {ROWS}")
     parser.epilog = "example: halfbyte quantize HuggingFaceTB/SmolLM2-135M-Instruct smollm2-nf4"
 
 
@@ -52,16 +53,21 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.models import load_tokenizer, resolve_source
 
     assert spec is not None, "quant.enabled is no option here"
+    if args.rows is not None and args.calibrate is None:
+        raise ConfigError("--rows goes with --calibrate")
     if args.calibrate is not None:
+        if args.dtype != "auto":
+            raise ConfigError("--dtype is not for --calibrate, which writes what stays in 16 bits as it computes")
         source = resolve_source(options.path, options.revision)
         data: DataSection = make_section("data", {"data.train": args.calibrate} | values)
-        batches = read_calibration(args.calibrate, data, load_tokenizer(source), num_rows=args.rows)
+        batches = read_calibration(args.calibrate, data, load_tokenizer(source), num_rows=args.rows or ROWS)
         with console.status("calibrating") as status:
             report = export_calibrated(
                 source,
                 output,
                 spec,
                 batches,
+                allow_16bit_experts=options.allow_16bit_experts,
                 on_progress=lambda done, total: status.update(f"calibrated {done} of {total} blocks"),
             )
         console.print(str(report), markup=False)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from halfbyte.config import QuantSection, RunConfig
 from halfbyte.config.load import make_config, parse_overrides, read_yaml
+from halfbyte.config.output import RUN_FILE
 from halfbyte.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
@@ -65,10 +66,10 @@ def find_tuned(name: str, overrides: Mapping[str, str]) -> TunedSource:
     has_adapter = (folder / "adapter_config.json").exists()
     given = parse_overrides(overrides)
     values: dict[str, Any] = {"data.train": ""}
-    if (folder / "run.yaml").exists():
+    if (folder / RUN_FILE).exists():
         if not has_adapter:
             raise ConfigError(f"{folder} holds a run that has not left an adapter; end it with halfbyte train --resume")
-        values |= read_yaml(folder / "run.yaml")
+        values |= read_yaml(folder / RUN_FILE)
     elif has_adapter:
         values |= _base_of_adapter(folder / "adapter_config.json")
     else:

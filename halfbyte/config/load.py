@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from halfbyte.config.describe import REQUIRED, Option, find_option, list_options, nearest_option, sections
+from halfbyte.config.output import RUN_FILE
 from halfbyte.config.run import RunConfig
 from halfbyte.config.values import NONE_WORDS, NotOfTypeError, check_bounds, check_value, parse_text
 from halfbyte.errors import ConfigError
@@ -103,7 +104,7 @@ def to_yaml(config: RunConfig) -> str:
 
 def save_run_config(config: RunConfig, folder: str | Path) -> Path:
     """Write the options of a run to run.yaml in its folder; not resume and overwrite, which only say how it began."""
-    path = Path(folder) / "run.yaml"
+    path = Path(folder) / RUN_FILE
     path.write_text(to_yaml(lasting_config(config)), encoding="utf-8")
     return path
 

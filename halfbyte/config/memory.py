@@ -11,7 +11,7 @@ from halfbyte.errors import ConfigError
 
 MIB, GIB, TIB = 2**20, 2**30, 2**40
 UNITS = {"m": MIB, "mb": MIB, "mib": MIB, "g": GIB, "gb": GIB, "gib": GIB, "tb": TIB, "tib": TIB}
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)")
+SIZE = re.compile(rf"(\d+(?:\.\d+)?)\s*({'|'.join(UNITS)})")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +53,11 @@ def parse_size(text: str, *, option: str) -> int:
         ConfigError: It is no size.
     """
     match = SIZE.fullmatch(text.strip().lower())
-    if match is None or match[2] not in UNITS or float(match[1]) <= 0:
+    if match is None or float(match[1]) <= 0:
         raise ConfigError(f"{option} is {text!r}; write a size such as 8GiB, 24GB or 512MiB")
     return int(float(match[1]) * UNITS[match[2]])
+
+
+def is_size(text: str) -> bool:
+    """Say whether a text is a number and a unit of memory."""
+    return SIZE.fullmatch(text.strip().lower()) is not None

@@ -10,7 +10,8 @@ from halfbyte.config.run import RunConfig
 from halfbyte.errors import ConfigError
 
 RUNS_FOLDER = Path("runs")
-RUN_FILES = ("adapter_config.json", "adapter_model.safetensors", "run.yaml", "summary.json")
+RUN_FILE, SUMMARY_FILE = "run.yaml", "summary.json"
+RUN_FILES = ("adapter_config.json", "adapter_model.safetensors", RUN_FILE, SUMMARY_FILE)
 REPORT_FILE = "report.html"
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
 

@@ -1,8 +1,8 @@
 """Quantise a model so that it answers as before on text that it will see: block by block, on a few real examples.
 
-Each linear layer is quantised with regard to what it multiplies (`ops.quantize_fitted`): its inputs over the examples
-are summed up to X' X, and the rounding of each column is made up for by those after it. Blocks follow one another, each
-calibrated on what the quantised blocks before it give, so that errors do not add up unseen.
+Each linear layer is quantised with regard to what it multiplies (`ops.quantize_compensated`): its inputs over the
+examples are summed up to X' X, and the rounding of each column is made up for by those after it. Blocks follow one
+another, each calibrated on what the quantised blocks before it give, so that errors do not add up unseen.
 
 This is also how a trained adapter goes back into 4 bits. Rounded by itself, the merged weight falls on the codes it had
 before, since an adapter moves a weight by far less than the distance of two codes. Compensating alone does not help:
@@ -29,7 +29,7 @@ from halfbyte.models.load import quantizable_layers
 from halfbyte.nn import Linear4bit
 from halfbyte.nn.convert import replace_module, workspace_of
 from halfbyte.ops.quantize_4bit import quantize_4bit
-from halfbyte.ops.quantize_fitted import quantize_4bit_compensated
+from halfbyte.ops.quantize_compensated import quantize_4bit_compensated
 from halfbyte.quant import QuantizedTensor, QuantSpec
 
 # B rows, T tokens of a row, D in_features
@@ -72,15 +72,15 @@ def quantize_calibrated_(
         on_progress: Is told how many blocks are done, of how many.
 
     Raises:
-        ConfigError: There are no examples, or no decoder blocks.
+        ConfigError: There are no examples, or layers that cannot be calibrated.
     """
     blocks = list(iter_decoder_layers(model))
     if not batches_BT:
         raise ConfigError("calibration needs examples; give a file of them")
     if not blocks:
         raise ConfigError(f"{type(model).__name__} has no decoder blocks that are known, so it cannot be calibrated")
-    targets = quantizable_layers(model, model.config)
     named = {module: path for path, module in model.named_modules()}
+    targets = _check_targets(model, {named[m] for block in blocks for m in block.modules() if m in named})
     inputs = _inputs_of_first_block(model, blocks[0], batches_BT)
     for number, block in enumerate(blocks):
         linears = {path: m for m in block.modules() if isinstance(m, nn.Linear) and (path := named[m]) in targets}
@@ -89,10 +89,15 @@ def quantize_calibrated_(
             _replace_(model, path, linear, _quantize(linear, sums.get(path), spec, scale_share))
         inputs.hidden = list(_run(block, inputs))
         on_progress(number + 1, len(blocks))
-    for path in targets:
-        left = model.get_submodule(path)
-        if isinstance(left, nn.Linear):
-            _replace_(model, path, left, quantize_4bit(left.weight, spec))
+
+
+def _check_targets(model: PreTrainedModel, inside: set[str]) -> set[str]:
+    """Return the layers to quantise, all of which can be calibrated."""
+    targets = quantizable_layers(model, model.config)
+    outside = sorted(targets - inside)
+    if outside:
+        raise ConfigError(f"{outside[0]} lies outside the decoder blocks, so it cannot be calibrated")
+    return targets
 
 
 def _inputs_of_first_block(model: PreTrainedModel, first: nn.Module, batches_BT: Sequence[torch.Tensor]) -> _Inputs:
@@ -147,10 +152,10 @@ def _run(block: nn.Module, inputs: _Inputs) -> Iterator[torch.Tensor]:
 
 
 def _quantize(linear: nn.Linear, sum_DD: torch.Tensor | None, spec: QuantSpec, scale_share: float) -> QuantizedTensor:
-    weight_OD = linear.weight
-    if sum_DD is None or weight_OD.shape[1] % spec.block_size:
-        return quantize_4bit(weight_OD, spec)
-    return quantize_4bit_compensated(weight_OD, sum_DD, spec, scale_share=scale_share)
+    if sum_DD is None:
+        # No example has reached it, an expert that none was sent to: there is nothing to go by.
+        return quantize_4bit(linear.weight, spec)
+    return quantize_4bit_compensated(linear.weight, sum_DD, spec, scale_share=scale_share)
 
 
 def _replace_(model: PreTrainedModel, path: str, linear: nn.Linear, q: QuantizedTensor) -> None:

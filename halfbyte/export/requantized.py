@@ -33,6 +33,7 @@ def export_calibrated(
     adapter: Path | None = None,
     trained_on: QuantSpec | None = None,
     device: str | torch.device = "auto",
+    allow_16bit_experts: bool = False,
     tokenizer_folder: Path | None = None,
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -47,6 +48,7 @@ def export_calibrated(
         adapter: Folder of a trained adapter to merge in first.
         trained_on: How the base was held while that was trained; None for 16 bits.
         device: Where to compute.
+        allow_16bit_experts: Accept large stacked expert tensors, which stay in 16 bits.
         tokenizer_folder: Where a tokenizer lies that shall be used in place of the source's.
         overwrite: Replace what is at `out_folder`.
         on_progress: Is told how many decoder blocks are done, of how many.
@@ -57,7 +59,7 @@ def export_calibrated(
     """
     source = source if isinstance(source, ModelSource) else resolve_source(source)
     with new_folder(Path(out_folder), overwrite=overwrite) as folder:
-        model, half_dtype = _load_merged(source, adapter, trained_on, device)
+        model, half_dtype = _load_merged(source, adapter, trained_on, device, allow_16bit_experts=allow_16bit_experts)
         share = 1.0 if adapter is None or trained_on is None else OTHER_GRID_SHARE
         quantize_calibrated_(model, batches_BT, spec, scale_share=share, on_progress=on_progress)
         report = _write(model, folder, spec, half_dtype)
@@ -67,10 +69,16 @@ def export_calibrated(
 
 
 def _load_merged(
-    source: ModelSource, adapter: Path | None, trained_on: QuantSpec | None, device: str | torch.device
+    source: ModelSource,
+    adapter: Path | None,
+    trained_on: QuantSpec | None,
+    device: str | torch.device,
+    *,
+    allow_16bit_experts: bool,
 ) -> tuple[PreTrainedModel, torch.dtype]:
     """Return a model of plain layers in the compute dtype, and the 16-bit dtype it is written in."""
-    loaded = load_model(source, quant=trained_on if adapter is not None else None, device=device)
+    quant = trained_on if adapter is not None else None
+    loaded = load_model(source, quant=quant, device=device, allow_16bit_experts=allow_16bit_experts)
     computing = loaded.report.compute_dtype
     if adapter is not None:
         load_adapter(loaded.model, adapter)

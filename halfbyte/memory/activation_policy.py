@@ -15,7 +15,9 @@ from typing import Literal, NamedTuple
 from halfbyte.memory.model_shape import ModelShape
 
 Policy = Literal["keep", "mlp", "offload", "block"]
-# From the fastest, which keeps most.
+# From the fastest, which keeps most. On a CPU there is one memory, and no use in putting away.
+GPU_LADDER: tuple[Policy, ...] = ("keep", "mlp", "offload", "block")
+CPU_LADDER: tuple[Policy, ...] = ("keep", "mlp", "block")
 POLICY_TEXTS: dict[Policy, str] = {
     "keep": "all kept",
     "mlp": "kept but for gate and up, which are computed again",
@@ -134,13 +136,13 @@ def bytes_in_flight(taken: Sequence[KeptNumbers]) -> int:
     return sum(sorted((one.host for one in taken), reverse=True)[:2])
 
 
-def describe_policies(policies: Sequence[Policy]) -> str:
+def describe_policies(policies: Sequence[Policy], words: Mapping[Policy, str] = POLICY_TEXTS) -> str:
     """Return what blocks keep, for people."""
-    runs = [(policy, len(list(group))) for policy, group in itertools.groupby(policies)]
+    runs = [(words[policy], len(list(group))) for policy, group in itertools.groupby(policies)]
     if len(runs) == 1:
-        return POLICY_TEXTS[runs[0][0]]
-    first, last = runs[0], runs[-1]
-    return f"of the first {first[1]} blocks {POLICY_TEXTS[first[0]]}, of the last {last[1]} {POLICY_TEXTS[last[0]]}"
+        return runs[0][0]
+    (first, count), (last, rest) = runs
+    return f"of the first {count} blocks {first}, of the last {rest} {last}"
 
 
 def _fits(policies: Sequence[Policy], kept: Mapping[Policy, Sequence[KeptNumbers]], room: KeptNumbers) -> bool:

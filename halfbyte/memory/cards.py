@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from halfbyte.config.memory import is_size, parse_size
 from halfbyte.errors import PlanError
 
 GIB = 2**30
@@ -119,9 +120,8 @@ def find_card(text: str) -> Card:
     Raises:
         PlanError: No card is known by that name, or several are.
     """
-    size = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(gib|gb|g|mib|mb)\s*", text.lower())
-    if size:
-        return card_of_size(float(size[1]), size[2])
+    if is_size(text):
+        return card_of_size(parse_size(text, option="--gpu"))
     wanted = _words(text)
     fitting = [card for card in CARDS if wanted and wanted <= _words(card.name)]
     exact = [card for card in fitting if _words(card.name) == wanted]
@@ -140,10 +140,8 @@ def find_card(text: str) -> Card:
     )
 
 
-def card_of_size(amount: float, unit: str = "gib") -> Card:
+def card_of_size(num_bytes: int) -> Card:
     """Return a modest card with so much memory; its speed is a stated assumption, not a measurement."""
-    scale = {"gib": GIB, "g": GIB, "gb": GIB, "mib": MIB, "mb": MIB}[unit]
-    num_bytes = int(amount * scale)
     tflops, gbps, link = next(
         ((speed, rate, bus) for limit, speed, rate, bus in SIZED if num_bytes < limit * GIB), LARGEST_SIZED
     )

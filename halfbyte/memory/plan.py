@@ -13,15 +13,13 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from halfbyte.memory.activation_policy import Policy
+from halfbyte.memory.activation_policy import CPU_LADDER, GPU_LADDER, Policy
 from halfbyte.memory.cards import Card
 from halfbyte.memory.cost_model import CostModel, StepTime
 from halfbyte.memory.ledger import Ledger, LedgerMaker
 from halfbyte.memory.model_shape import ModelShape
 from halfbyte.memory.run_shape import Choice, RunShape, runs_of
 
-GPU_LADDER: tuple[Policy, ...] = ("keep", "mlp", "offload", "block")
-CPU_LADDER: tuple[Policy, ...] = ("keep", "mlp", "block")
 # Points of the coarse grid along blocks.
 GRID_POINTS = 17
 # What a plan may err by, and must not use.

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from halfbyte.errors import PlanError
-from halfbyte.memory.activation_policy import Policy
+from halfbyte.memory.activation_policy import Policy, describe_policies
 from halfbyte.memory.plan import NO_PINS, Candidate, MemoryPlan, Pins, make_plan
 from halfbyte.memory.run_shape import RunShape
 
@@ -66,7 +66,7 @@ def describe_choice(plan: MemoryPlan, candidate: Candidate) -> list[str]:
     if choice.embedding_on_host:
         parts.append("embedding: in host memory")
     if run.fused:
-        parts.append(f"activations: {_describe_policies(candidate)}")
+        parts.append(f"activations: {describe_policies(choice.policy_of_blocks, POLICY_WORDS)}")
     else:
         kept = choice.policies[0][0] == "keep"
         parts.append(f"activations: {'all kept' if kept else 'computed again'} (path for any architecture)")
@@ -157,14 +157,6 @@ def _changes(run: RunShape, pins: Pins, *, is_gpu: bool) -> Iterator[tuple[str, 
     if run.rank > MIN_RANK:
         run = dataclasses.replace(run, rank=max(MIN_RANK, run.rank // 4))
         yield f"lora.rank={run.rank}", run, pins
-
-
-def _describe_policies(candidate: Candidate) -> str:
-    runs = candidate.choice.policies
-    if len(runs) == 1:
-        return POLICY_WORDS[runs[0][0]]
-    (first, count), (last, rest) = runs
-    return f"of the first {count} blocks {POLICY_WORDS[first]}, of the last {rest} {POLICY_WORDS[last]}"
 
 
 def _table(plan: MemoryPlan) -> list[str]:

@@ -20,5 +20,5 @@ def card_of(device: torch.device) -> Card:
     try:
         known = find_card(properties.name)
     except PlanError:
-        known = card_of_size(properties.total_memory / 2**30)
+        known = card_of_size(properties.total_memory)
     return dataclasses.replace(known, name=properties.name, memory_bytes=properties.total_memory)

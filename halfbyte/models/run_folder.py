@@ -9,13 +9,12 @@ from typing import Any
 import torch
 
 from halfbyte.config.load import make_section, read_yaml
+from halfbyte.config.output import RUN_FILE
 from halfbyte.errors import ConfigError
 from halfbyte.models.adapter_config import read_adapter_config
 from halfbyte.models.adapter_files import load_adapter
 from halfbyte.models.load import LoadedModel, load_model
 from halfbyte.quant import QuantSpec
-
-RUN_FILE = "run.yaml"
 
 
 def load_run(

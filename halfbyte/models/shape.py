@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from halfbyte.errors import ConfigError
 from halfbyte.memory.model_shape import FUSABLE_TYPES, ModelShape
 from halfbyte.models.build import build_meta_model
+from halfbyte.models.describe import load_config
+from halfbyte.models.hub import download_file, is_hub_file, is_hub_id
 from halfbyte.models.load import quantizable_layers
+from halfbyte.models.source import load_config_dict, resolve_source
 
 NEEDED_FIELDS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+
+
+def read_shape(path: str, revision: str | None = None) -> ModelShape:
+    """Return the sizes of a model; of a hub id only config.json is downloaded.
+
+    Args:
+        path: Hub id, folder, config.json or weight file.
+        revision: Branch, tag or commit of a hub id.
+
+    Raises:
+        ConfigError: Nothing is there, or no sizes can be read from it.
+        FormatError: It cannot be read.
+    """
+    found = Path(path).expanduser()
+    if not found.exists() and is_hub_id(path) and not is_hub_file(path):
+        found = download_file(f"{path}/config.json", revision)
+    folder = found.parent if found.suffix == ".json" else found
+    if folder.is_dir():
+        load_config_dict(folder)
+        return shape_of(AutoConfig.from_pretrained(folder), name=path)
+    return shape_of(load_config(resolve_source(path, revision)), name=path)
 
 
 def shape_of(config: PretrainedConfig, *, name: str) -> ModelShape:

@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 from halfbyte.data.packing import IGNORE_INDEX
 from halfbyte.device import free_bytes
 from halfbyte.memory.activation_policy import (
+    CPU_LADDER,
+    GPU_LADDER,
     POLICY_TEXTS,
     KeptNumbers,
     Policy,
@@ -126,8 +128,7 @@ def choose_policy_(
 def _choose_ladder(device: torch.device, wanted: Checkpointing) -> tuple[Policy, ...]:
     if wanted == "offload":
         return ("offload", "block")
-    # On a CPU there is one memory, and no use in putting away.
-    return ("keep", "mlp", "block") if device.type == "cpu" else ("keep", "mlp", "offload", "block")
+    return CPU_LADDER if device.type == "cpu" else GPU_LADDER
 
 
 def measure_kept_bytes(model: PreTrainedModel, loss_path: LossPath) -> int:

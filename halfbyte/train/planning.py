@@ -13,6 +13,7 @@ import torch
 
 from halfbyte.config import RunConfig
 from halfbyte.config.load import load_config as load_run_config
+from halfbyte.config.output import RUN_FILE
 from halfbyte.device import free_bytes, resolve_compute_dtype
 from halfbyte.errors import ConfigError, PlanError
 from halfbyte.memory.activation_policy import Policy
@@ -22,15 +23,13 @@ from halfbyte.memory.plan import Budget, MemoryPlan, Pins, make_plan
 from halfbyte.memory.plan_text import show_plan, size_of, why_nothing_fits
 from halfbyte.memory.request import batch_rows_of, has_expandable_segments, pins_of, planned_config, run_shape_of
 from halfbyte.memory.this_machine import card_of
-from halfbyte.models import load_config, resolve_source
-from halfbyte.models.shape import shape_of
+from halfbyte.models.shape import read_shape
 from halfbyte.models.streaming import Residency
 
 # A plan may err by so much: beyond it, what does not fit by plan is refused.
 TOLERANCE = 0.05
 # Other programs want host memory too.
 USABLE_HOST_SHARE = 0.9
-RUN_FILE = "run.yaml"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,9 +105,8 @@ def _measure_budget(config: RunConfig, device: torch.device, card: Card) -> Budg
 
 
 def _read_shape(config: RunConfig) -> ModelShape:
-    source = resolve_source(config.model.path, config.model.revision)
     try:
-        return shape_of(load_config(source), name=config.model.path)
+        return read_shape(config.model.path, config.model.revision)
     except ConfigError as error:
         raise PlanError(str(error)) from error
 

@@ -25,16 +25,13 @@ from transformers import PreTrainedModel
 
 from halfbyte.device import free_bytes
 from halfbyte.errors import PlanError
-from halfbyte.memory.activation_policy import POLICY_TEXTS, Policy
+from halfbyte.memory.activation_policy import GPU_LADDER, POLICY_TEXTS, Policy
 from halfbyte.models.fused_layers import iter_fused_layers, kept_bytes_per_token, set_policy
 from halfbyte.models.packed_inputs import compute_dtype_of
 from halfbyte.models.streaming import is_streamed, stream_blocks_
 from halfbyte.nn.linear import Linear4bit
 from halfbyte.train.activations import PIECES_SHARE, USABLE_SHARE
 from halfbyte.train.micro_batch import MicroBatches
-
-LADDER: tuple[Policy, ...] = ("keep", "mlp", "offload", "block")
-
 
 Watch = Callable[[torch.Tensor], None]
 
@@ -160,8 +157,8 @@ def relieve_(model: PreTrainedModel, device: torch.device, *, num_tokens: int) -
     policies = [layer.halfbyte_binding.policy for layer in layers]
     cheapest = _next_policy(model, policies, device, num_tokens)
     if cheapest is not None:
-        rank = LADDER.index(cheapest)
-        set_policy(model, [one if LADDER.index(one) > rank else cheapest for one in policies])
+        rank = GPU_LADDER.index(cheapest)
+        set_policy(model, [one if GPU_LADDER.index(one) > rank else cheapest for one in policies])
         return f"activations of every block are {POLICY_TEXTS[cheapest]}"
     has_4bit = any(isinstance(module, Linear4bit) for module in model.modules())
     if device.type == "cuda" and has_4bit and not is_streamed(model):
@@ -182,8 +179,8 @@ def _next_policy(
     model: PreTrainedModel, policies: list[Policy], device: torch.device, num_tokens: int
 ) -> Policy | None:
     """Return the policy that keeps less than the one that keeps most, if there is one."""
-    first = min(LADDER.index(policy) for policy in policies)
-    for policy in LADDER[first + 1 :]:
+    first = min(GPU_LADDER.index(policy) for policy in policies)
+    for policy in GPU_LADDER[first + 1 :]:
         if policy == "offload" and not (device.type == "cuda" and _host_has_room(model, num_tokens)):
             continue
         # What is put away leaves less on the device than the inputs of all blocks.

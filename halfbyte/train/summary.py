@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from halfbyte.config.output import REPORT_FILE
+from halfbyte.config.output import REPORT_FILE, SUMMARY_FILE
 from halfbyte.nn import AdapterReport
 from halfbyte.train.callbacks import format_seconds
 from halfbyte.train.evaluate import HeldOut
@@ -19,7 +19,6 @@ from halfbyte.train.meter import peak_memory_bytes
 from halfbyte.train.samples import Sample, printable
 from halfbyte.train.trainer import HalfbyteTrainer
 
-SUMMARY_FILE = "summary.json"
 SHOWN_CHARACTERS = 400
 
 

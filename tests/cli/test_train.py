@@ -209,6 +209,11 @@ def test_merge_into_4_bits_keeps_the_adapter(
     assert kept < base - 0.5 * (base - after)
     refused = halfbyte("merge", run_folder, tmp_path / "other", "--bits=4", "--onto=original")
     assert "--bits 4 goes with --onto dequantized" in refused.err
+    for words, message in (
+        (["--bits=4", "--dtype=float32"], "--dtype is not for --bits 4"),
+        (["--rows=4"], "--calibrate and --rows go with --bits 4"),
+    ):
+        assert message in halfbyte("merge", run_folder, tmp_path / "other", *words).err
 
 
 def test_quantize_can_be_calibrated(halfbyte: Run, model_folder: Path, examples_file: Path, tmp_path: Path) -> None:
@@ -219,6 +224,8 @@ def test_quantize_can_be_calibrated(halfbyte: Run, model_folder: Path, examples_
     short.write_text(examples_file.read_text().splitlines()[0] + "\n")
     refused = halfbyte("quantize", model_folder, tmp_path / "other", "--calibrate", short)
     assert "calibration needs 512 at least" in refused.err
+    refused = halfbyte("quantize", model_folder, tmp_path / "other", "--rows=4")
+    assert "--rows goes with --calibrate" in refused.err
     assert not (tmp_path / "other").exists()
 
 

@@ -91,3 +91,11 @@ def test_nothing_is_left_where_it_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="calibration needs examples"):
         export_calibrated(base, tmp_path / "out", SPEC, [], device="cpu")
     assert not (tmp_path / "out").exists()
+
+
+def test_layers_that_cannot_be_calibrated_are_named() -> None:
+    model = build_tiny("llama").eval()
+    model.model.extra = torch.nn.Linear(64, 64)
+    with pytest.raises(ConfigError, match=r"model\.extra lies outside the decoder blocks"):
+        quantize_calibrated_(model, make_batches(1), SPEC)
+    assert not any(isinstance(module, Linear4bit) for module in model.modules())

@@ -10,9 +10,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from halfbyte.memory.activation_policy import Policy
 from halfbyte.memory.cards import H100, find_card
 from halfbyte.memory.cost_model import CostModel
 from halfbyte.memory.ledger import LedgerMaker, adapter_numbers, block_weight_bytes, optimizer_bytes
+from halfbyte.memory.model_shape import ModelShape
 from halfbyte.memory.run_shape import Choice, RunShape
 from halfbyte.memory.weight_slab import slab_bytes
 from halfbyte.nn import LoraSpec, attach_adapters, iter_trainable, quantize_linears_
@@ -61,10 +63,9 @@ def test_planned_bytes_are_what_was_measured(row: dict[str, Any]) -> None:
         assert 0.98 < reserved < 1.05, f"reserved: planned {reserved:.1%} of what was measured"
 
 
-@pytest.mark.parametrize("row", MEASURED, ids=name_of)
+# Where other work ran beside a row, its time was not taken.
+@pytest.mark.parametrize("row", [row for row in MEASURED if row["micro_batch_ms"] is not None], ids=name_of)
 def test_planned_speed_is_near_what_was_measured(row: dict[str, Any]) -> None:
-    if row["micro_batch_ms"] is None:
-        pytest.skip("other work ran beside it")
     maker, choice = makers(row)
     share = 1e3 * CostModel(maker).predict(choice).micro_batch_seconds / row["micro_batch_ms"]
     # Cards of one type differ by 9%.
@@ -77,8 +78,6 @@ def test_bytes_of_weights_adapters_and_state_are_exact(family: str, double_quant
     model = build_tiny(family)
     config = TINY_CONFIGS[family].to_dict()
     run = RunShape(rank=4, double_quant=double_quant)
-    from halfbyte.memory.model_shape import ModelShape
-
     shape = ModelShape.from_config(config)
     assert shape.num_parameters == sum(p.numel() for p in model.parameters())
     quantize_linears_(model, QuantSpec(double_quant=double_quant))
@@ -110,11 +109,14 @@ def test_parameters_of_known_models_are_counted(name: str) -> None:
 
 def test_less_is_never_planned_to_take_more() -> None:
     maker = LedgerMaker(shape_of("Llama-7B"), RunShape(), find_card("24GiB"))
-    kept = [
-        maker.make(Choice(rows=4, policies=(("block", 32 - count), ("keep", count)) if 0 < count < 32 else (policy,)))
-        for count, policy in ((0, ("block", 32)), (10, ("", 0)), (20, ("", 0)), (32, ("keep", 32)))
+    mixes: list[tuple[tuple[Policy, int], ...]] = [
+        (("block", 32),),
+        (("block", 22), ("keep", 10)),
+        (("block", 12), ("keep", 20)),
+        (("keep", 32),),
     ]
-    assert [one.device_bytes for one in kept] == sorted(one.device_bytes for one in kept)
+    sizes = [maker.make(Choice(rows=4, policies=policies)).device_bytes for policies in mixes]
+    assert sizes == sorted(set(sizes))
     on_device, visiting = (
         maker.make(Choice(rows=4, policies=(("keep", 32),), streamed_blocks=count)) for count in (0, 16)
     )

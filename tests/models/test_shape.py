@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import pytest
-from transformers import PretrainedConfig
+import torch
+from transformers import AutoConfig, PretrainedConfig
 
 from halfbyte.errors import ConfigError
-from halfbyte.memory.model_shape import ModelShape
+from halfbyte.memory.model_shape import FUSABLE_TYPES, ModelShape
+from halfbyte.models.build import build_meta_model
+from halfbyte.models.fused_layers import LAYER_CLASSES, iter_decoder_layers
 from halfbyte.models.shape import shape_of
 from tests.models.tiny import CONFIGS, DENSE, MIXTURES, build_tiny
 
@@ -24,3 +27,10 @@ def test_configurations_that_tell_all_are_read_without_a_model() -> None:
 def test_a_configuration_without_sizes_is_refused() -> None:
     with pytest.raises(ConfigError, match="lacks one of num_hidden_layers"):
         shape_of(PretrainedConfig(), name="model")
+
+
+def test_fused_blocks_compute_what_plans_say_they_do() -> None:
+    for model_type in FUSABLE_TYPES:
+        model = build_meta_model(AutoConfig.for_model(model_type), dtype=torch.bfloat16)
+        assert {type(layer).__name__ for layer in iter_decoder_layers(model)} <= set(LAYER_CLASSES)
+    assert len(FUSABLE_TYPES) == len(LAYER_CLASSES)

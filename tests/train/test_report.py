@@ -22,7 +22,6 @@ from halfbyte.train.report.figures import merge_small
 from halfbyte.train.report.markup import element, escape
 from halfbyte.train.report.record import Part
 from tests.train.test_run import config_of
-from tests.train.tiny import build_tiny, build_tokenizer
 
 ATTACK = "<script>alert('\"&')</script><img src=http://evil.example/x.png onerror=alert(1)>"
 VOID = {"meta", "br", "hr"}
@@ -65,14 +64,6 @@ class Reported(NamedTuple):
     @property
     def words(self) -> str:
         return " ".join(" ".join(self.reading.text).split())
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    build_tiny("llama").save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

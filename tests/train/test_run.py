@@ -16,15 +16,6 @@ from halfbyte.models import load_model
 from halfbyte.nn import iter_lora
 from halfbyte.quant import QuantSpec
 from halfbyte.train import run_training
-from tests.train.tiny import build_tiny, build_tokenizer
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    build_tiny("llama").save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
