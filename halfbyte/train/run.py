@@ -21,6 +21,7 @@ from halfbyte.device import keep_freed_memory, resolve_device
 from halfbyte.nn import LoraSpec, adapters_disabled
 from halfbyte.train.callbacks import ProgressLine
 from halfbyte.train.evaluate import HeldOut
+from halfbyte.train.loggers import check_loggers
 from halfbyte.train.planning import PlannedRun, plan_run
 from halfbyte.train.report import make_record, save_report
 from halfbyte.train.samples import Sample, answer_questions, choose_questions
@@ -53,6 +54,7 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
     started = time.perf_counter()
     console = console or Console(stderr=True, highlight=False)
     config = resolve_output_dir(config)
+    check_loggers(config.train.report_to)
     device = resolve_device(config.model.device)
     if device.type == "cpu":
         keep_freed_memory()
