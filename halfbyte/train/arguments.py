@@ -92,7 +92,8 @@ class HalfbyteArguments(TrainingArguments):
         self.bf16 = self.fp16 = False
         super().__post_init__()
         self.bf16, self.fp16 = wanted["bf16"], wanted["fp16"]
-        check_loggers(self.report_to)
+        # A list by now.
+        check_loggers(self.report_to)  # type: ignore[arg-type]
         # accelerate would wrap the forward in autocast for anything but "no".
         self.mixed_precision = "no"
         self.logging_nan_inf_filter = False
