@@ -77,10 +77,7 @@ class Candidate:
     def fits(self, budget: Budget) -> bool:
         """Say whether it does, with a margin on the device."""
         margin = max(MARGIN * budget.device_bytes, MARGIN_BYTES) if budget.device_bytes else 0
-        return (
-            self.ledger.device_bytes <= budget.device_bytes - margin
-            and self.ledger.host_bytes <= budget.host_bytes
-        )
+        return self.ledger.device_bytes <= budget.device_bytes - margin and self.ledger.host_bytes <= budget.host_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
