@@ -34,8 +34,9 @@ from halfbyte.quant import QuantSpec
 from halfbyte.train.batches import BatchOptions, iter_batches, pad_id_of
 from halfbyte.train.evaluate import evaluate_loss
 
-PAGE = Path("docs/how-qlora-works.md")
-RESULTS = Path("benchmarks/results/qlora_figures_cpu_202611.json")
+REPOSITORY = Path(__file__).parent.parent
+PAGE = REPOSITORY / "docs" / "how-qlora-works.md"
+RESULTS = REPOSITORY / "benchmarks" / "results" / "qlora_figures_cpu_202611.json"
 GIB = 2**30
 NUM_EXAMPLES, ROW_TOKENS, NUM_NORMAL = 50, 512, 2**22
 SPECS = (

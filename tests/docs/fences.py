@@ -1,11 +1,11 @@
 """Code blocks of the pages in docs/, and what their first lines say about them.
 
-    ```bash                             commands, run one after the other
-    ```python                           run; a page's blocks share their names
-    ```csv file: tickets.csv            written to that file, for the blocks below it
-    ```yaml file: run.yaml              the same, and read as a run's options
-    ```bash not run: needs Ollama       read only: commands of ours by their parsers, Python and YAML by theirs
-    ```text                             what something prints
+```bash                             commands, run one after the other
+```python                           run; a page's blocks share their names
+```csv file: tickets.csv            written to that file, for the blocks below it
+```yaml file: run.yaml              the same, and read as a run's options
+```bash not run: needs Ollama       read only: commands of ours by their parsers, Python and YAML by theirs
+```text                             what something prints
 """
 
 from __future__ import annotations

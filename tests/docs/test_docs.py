@@ -124,6 +124,15 @@ def test_links_between_pages_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_files_that_pages_name_exist() -> None:
+    for page in PAGES:
+        if page.stem == "log":  # Of what was, too.
+            continue
+        for name in re.findall(r"`((?:\w+/)+\w+\.py)`", page.read_text(encoding="utf-8")):
+            places = (DOCS.parent / name, DOCS.parent / "halfbyte" / name)
+            assert name.endswith("x.py") or any(place.exists() for place in places), f"{page.name}: {name}"
+
+
 def test_readme_names_every_page() -> None:
     text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
     assert [page.name for page in PAGES if f"docs/{page.name}" not in text] == []
