@@ -16,10 +16,12 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedModel, Train
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from halfbyte.errors import ConfigError
+from halfbyte.export import export_bnb4bit
 from halfbyte.hf import AutoModelForCausalLM, BitsAndBytesConfig, LoraConfig, PeftModel, get_peft_model
 from halfbyte.nn import Linear4bit
 from halfbyte.nn.convert import replace_module
 from halfbyte.nn.saved_module import plain_linear
+from halfbyte.quant import QuantSpec
 from tests.train.tiny import build_tiny, build_tokenizer
 
 # transformers 5.23 renames gradient_checkpointing; trl 1.16 and peft 0.21.2 use the old name still.
@@ -155,6 +157,17 @@ def test_other_trainers_save_the_adapter_that_peft_loads(build: Any, folder: Pat
     again = peft.PeftModel.from_pretrained(base, tmp_path / "final").eval()
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(input_ids=IDS).logits, again(input_ids=IDS).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("build", [dpo, plain])
+def test_a_checkpoint_in_4_bits_is_trained_by_others_too(build: Any, folder: Path, tmp_path: Path) -> None:
+    # Its config says that it is quantised, at which other trainers look for bitsandbytes' own layers.
+    export_bnb4bit(folder, tmp_path / "stored", QuantSpec(), dtype=torch.float32)
+    stored = AutoModelForCausalLM.from_pretrained(tmp_path / "stored", torch_dtype="float32", device_map="cpu")
+    assert any(isinstance(module, Linear4bit) for module in stored.modules())
+    trainer = build(get_peft_model(stored, LoraConfig(r=4, target_modules=TARGETS)), tmp_path / "run")
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0]
 
 
 def test_dpo_compares_a_fresh_adapter_with_its_base(folder: Path, tmp_path: Path) -> None:
