@@ -9,8 +9,9 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
-from halfbyte.cli.arguments import make_parser, nearest_word, parse_words
+from halfbyte.cli.arguments import CommandParser, make_parser, nearest_word, parse_words
 from halfbyte.cli.console import quiet_libraries
 from halfbyte.errors import ConfigError, HalfbyteError
 
@@ -26,6 +27,7 @@ COMMANDS = {
     "quantize": "write a model as a 4-bit checkpoint",
     "runs": "list what has been trained, with held-out loss before and after",
     "doctor": "say what works on this machine and what is missing, and train one step to prove it",
+    "import-config": "translate a configuration of Axolotl or LLaMA-Factory into run.yaml",
     "schema": "print the JSON schema of run.yaml, for editors",
 }
 
@@ -70,18 +72,24 @@ def run_command(words: list[str]) -> int:
         nearest = nearest_word(name, COMMANDS)
         hint = f"did you mean {nearest}?" if nearest else f"there are {', '.join(COMMANDS)}"
         raise ConfigError(f"unknown command {name}; {hint}")
-    command = importlib.import_module(f"halfbyte.cli.{name}")
-    parser = make_parser(name, COMMANDS[name], command.SECTIONS)
-    command.add_arguments(parser)
+    command, parser = load_command(name)
     if {"-h", "--help"} & set(words[1:]):
         print(parser.format_help())
         return 0
     return command.run(parse_words(parser, words[1:]))
 
 
+def load_command(name: str) -> tuple[ModuleType, CommandParser]:
+    """Return the module of a command and its parser."""
+    command = importlib.import_module(f"halfbyte.cli.{name.replace('-', '_')}")
+    parser = make_parser(name, COMMANDS[name], command.SECTIONS)
+    command.add_arguments(parser)
+    return command, parser
+
+
 def overview() -> str:
     """Return the help of the program: its commands, a line each."""
-    lines = [f"  {name:<10} {summary}" for name, summary in COMMANDS.items()]
+    lines = [f"  {name:<13} {summary}" for name, summary in COMMANDS.items()]
     return "\n".join(
         [
             "usage: halfbyte COMMAND ...",

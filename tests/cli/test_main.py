@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import halfbyte as package
-from halfbyte.cli.main import COMMANDS, main
+from halfbyte.cli.main import COMMANDS, load_command, main
 from tests.cli.conftest import Outcome
 
 Run = Callable[..., Outcome]
@@ -23,7 +22,7 @@ def test_main_lists_the_commands(halfbyte: Run, words: list[str]) -> None:
     done = halfbyte(*words)
     assert (done.code, done.err) == (0, "")
     for name, summary in COMMANDS.items():
-        assert f"  {name:<10} {summary}\n" in done.out
+        assert f"  {name:<13} {summary}\n" in done.out
 
 
 def test_main_tells_its_version(halfbyte: Run) -> None:
@@ -36,7 +35,7 @@ def test_main_helps_with_every_command(halfbyte: Run, name: str) -> None:
     done = halfbyte(name, "--help")
     assert (done.code, done.err) == (0, "")
     assert done.out.startswith(f"usage: halfbyte {name}")
-    assert importlib.import_module(f"halfbyte.cli.{name}").run is not None
+    assert load_command(name)[0].run is not None
 
 
 @pytest.mark.parametrize(
