@@ -1,6 +1,6 @@
 """The entry point: find the command, run it, and turn what goes wrong into one line.
 
-Exit codes: 0 done, 1 a failure of ours (with its traceback), 2 a mistake the person can mend, 130 interrupted.
+Exit codes are part of what scripts build on; EXIT_CODES says them, and so does the help.
 """
 
 from __future__ import annotations
@@ -29,6 +29,14 @@ COMMANDS = {
     "doctor": "say what works on this machine and what is missing, and train one step to prove it",
     "import-config": "translate a configuration of Axolotl or LLaMA-Factory into run.yaml",
     "schema": "print the JSON schema of run.yaml, for editors",
+    "completion": "print a script by which bash, zsh or fish completes commands and options",
+}
+
+EXIT_CODES = {
+    0: "done",
+    1: "a fault of halfbyte's, with its traceback; or doctor's training step does not work",
+    2: "something to mend: a mistake, a file that is damaged, a run that does not fit, a key that is not supported",
+    130: "interrupted",
 }
 
 
@@ -88,7 +96,7 @@ def load_command(name: str) -> tuple[ModuleType, CommandParser]:
 
 
 def overview() -> str:
-    """Return the help of the program: its commands, a line each."""
+    """Return the help of the program: its commands and exit codes, a line each."""
     lines = [f"  {name:<13} {summary}" for name, summary in COMMANDS.items()]
     return "\n".join(
         [
@@ -97,6 +105,9 @@ def overview() -> str:
             "Fine-tune large language models with QLoRA.",
             "",
             *lines,
+            "",
+            "exit codes:",
+            *(f"  {code:<13} {meaning}" for code, meaning in EXIT_CODES.items()),
             "",
             "halfbyte COMMAND --help lists the options of a command, halfbyte --version the version.",
         ]

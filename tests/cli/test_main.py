@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import halfbyte as package
-from halfbyte.cli.main import COMMANDS, load_command, main
+from halfbyte.cli.console import json_text
+from halfbyte.cli.main import COMMANDS, EXIT_CODES, load_command, main
 from tests.cli.conftest import Outcome
 
 Run = Callable[..., Outcome]
@@ -87,6 +89,26 @@ def test_main_stops_at_an_interrupt_with_one_line(halfbyte: Run, monkeypatch: py
     monkeypatch.setattr(sys, "stdin", Interrupted())
     done = halfbyte("generate", "any/model")
     assert (done.code, done.out, done.err) == (130, "", "halfbyte: interrupted\n")
+
+
+def test_main_says_its_exit_codes_and_keeps_to_them(halfbyte: Run) -> None:
+    assert list(EXIT_CODES) == [0, 1, 2, 130]
+    for code, meaning in EXIT_CODES.items():
+        assert f"  {code:<13} {meaning}\n" in halfbyte("--help").out
+    # A fault of ours: a command whose module is missing.
+    broken = "import sys; from halfbyte.cli import main; main.COMMANDS['broken'] = ''; sys.exit(main.main(['broken']))"
+    done = subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True, cwd=REPOSITORY)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Traceback")
+    run = [sys.executable, "-m", "halfbyte"]
+    assert subprocess.run([*run, "schema"], capture_output=True, cwd=REPOSITORY).returncode == 0
+    assert subprocess.run([*run, "trian"], capture_output=True, cwd=REPOSITORY).returncode == 2
+
+
+def test_json_has_no_words_that_json_does_not_know() -> None:
+    text = json_text({"loss": float("nan"), "list": (1.5, float("inf"), "\u00e9"), "inner": {"deep": -float("inf")}})
+    assert text == '{"loss": null, "list": [1.5, null, "\u00e9"], "inner": {"deep": null}}'
+    assert json.loads(text)["list"] == [1.5, None, "\u00e9"]
 
 
 def test_main_is_python_m_halfbyte_and_survives_a_closed_pipe() -> None:

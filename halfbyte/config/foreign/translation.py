@@ -8,7 +8,6 @@ file. No key passes in silence: one without a rule is not supported, except wher
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -231,13 +230,24 @@ def _plain(node: yaml.Node) -> Any:
 
 def _dump(name: str, value: Any, *, indent: str, origin: str) -> list[str]:
     plain = list(value) if isinstance(value, tuple) else value
-    dump = functools.partial(yaml.dump, Dumper=ConfigDumper, allow_unicode=True, sort_keys=False, width=100_000)
     if isinstance(plain, list | dict):
-        return [f"{indent}{name}: {dump(plain, default_flow_style=True).rstrip()}  # {origin}"]
-    first, *rest = dump({name: plain}, default_flow_style=False).rstrip("\n").split("\n")
+        return [f"{indent}{name}: {_yaml_text(plain, in_one_line=True)}  # {origin}"]
+    first, *rest = _yaml_text({name: plain}, in_one_line=False).split("\n")
     if rest:
         return [f"{indent}# {origin}", *(f"{indent}{line}" if line else line for line in (first, *rest))]
     return [f"{indent}{first}  # {origin}"]
+
+
+def _yaml_text(value: Any, *, in_one_line: bool) -> str:
+    text: str = yaml.dump(
+        value,
+        Dumper=ConfigDumper,
+        default_flow_style=in_one_line,
+        allow_unicode=True,
+        sort_keys=False,
+        width=100_000,
+    )
+    return text.rstrip("\n")
 
 
 def _describe(outcome: Outcome) -> str:
