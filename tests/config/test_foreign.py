@@ -246,6 +246,17 @@ def test_axolotl_refusals(lines: str, reason: str, tmp_path: Path) -> None:
     assert reason in "\n".join(translation.report())
 
 
+def test_what_is_left_to_the_person_is_said(tmp_path: Path) -> None:
+    text = f"{LEAST}{DATA}special_tokens:\n  eos_token: </s>\nchat_template: llama3\nevals_per_epoch: 4\n"
+    translation = translate_file(write(tmp_path / "a.yml", text))
+    assert translation.unsupported == []
+    report = "\n".join(translation.report())
+    assert "a.yml:9: special_tokens.eos_token -> as it is here; but: the tokenizer's own eos_token is used" in report
+    assert "make sure that it is '</s>'" in report
+    assert "the model's own template is used, Axolotl's llama3 may differ" in report
+    assert "a.yml:11: evals_per_epoch -> as it is here; but: at the end of each epoch" in report
+
+
 def test_full_fine_tuning_is_not_supported(tmp_path: Path) -> None:
     text = (LEAST + DATA).replace("adapter: qlora\nload_in_4bit: true\n", "")
     (refused,) = translate_file(write(tmp_path / "a.yml", text)).unsupported

@@ -138,6 +138,8 @@ _RULES: dict[str, Rule] = {
     "tokenizer_config": same_as("base_model", "the tokenizer comes from the model's folder"),
     **dict.fromkeys(("model_type", "tokenizer_type", "processor_type", "tokenizer_use_fast"), unneeded(_FROM_MODEL)),
     "tokenizer_legacy": unneeded(_FROM_MODEL),
+    "tokenizer_use_mistral_common": unsupported("tokenizers are transformers' own"),
+    "scaling_softmax": unsupported("attention is computed as the model says"),
     "trust_remote_code": unsupported("no code of a model runs here"),
     "load_in_4bit": switch("quant.enabled"),
     "load_in_8bit": unsupported("weights are held in 4 bits or in 16; set load_in_4bit, or neither"),

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from halfbyte.config.foreign.rules import flag, held_out_share, names, option, switch, unneeded, unsupported, whole
+from halfbyte.config.foreign.rules import (
+    differs,
+    flag,
+    held_out_share,
+    names,
+    option,
+    switch,
+    unneeded,
+    unsupported,
+    whole,
+)
 from halfbyte.config.foreign.translation import Document, Outcome, Rule, Taken, Unneeded, Unsupported
 from halfbyte.errors import ConfigError
 
@@ -243,9 +253,10 @@ DATA_RULES: dict[str, Rule] = {
     "eot_tokens": unneeded("what ends a turn is found in the template, and always learned"),
     "special_tokens.pad_token": unneeded("padding is never read nor learned, whatever stands there"),
     **{
-        f"special_tokens.{name}": unsupported("the tokenizer's own tokens are used")
-        for name in ("bos_token", "eos_token", "unk_token", "additional_special_tokens")
+        f"special_tokens.{name}": differs(f"the tokenizer's own {name} is used: make sure that it is {{!r}}")
+        for name in ("bos_token", "eos_token", "unk_token")
     },
+    "special_tokens.additional_special_tokens": unsupported("no tokens are added"),
     "tokens": unsupported("no tokens are added"),
     "added_tokens_overrides": unsupported("no tokens are renamed"),
     "fix_untrained_tokens": unsupported("embeddings are left as they are"),
