@@ -35,7 +35,7 @@ COMMANDS = {
 EXIT_CODES = {
     0: "done",
     1: "a fault of halfbyte's, with its traceback; or doctor's training step does not work",
-    2: "something to mend: a mistake, a file that is damaged, a run that does not fit, a key that is not supported",
+    2: "something to mend: a mistake, a damaged file, a run that does not fit, what is not supported",
     130: "interrupted",
 }
 

@@ -263,6 +263,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ",".join(f"{key}={inner}" for key, inner in value.items())
     if isinstance(value, tuple):
-        return ",".join(map(str, value))
+        return ",".join(map(str, value)) or "none"
     text = str(value).lower() if isinstance(value, bool) else str(value)
     return text if "\n" not in text else f"{text.splitlines()[0]} ..."
