@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import importlib
 import io
 import os
 import re
@@ -20,8 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks import qlora_figures
-from halfbyte.cli.arguments import make_parser, parse_words
-from halfbyte.cli.main import COMMANDS, main
+from halfbyte.cli.arguments import parse_words
+from halfbyte.cli.main import COMMANDS, load_command, main
 from halfbyte.config.load import load_config, parse_overrides
 from halfbyte.errors import ConfigError
 from tests.docs.fences import Fence, commands_of, inline_commands, read_fences
@@ -92,8 +91,6 @@ def test_everything_in_a_page_works(page: Path, here: Path, monkeypatch: pytest.
             check_unrun(fence)
         elif fence.file is not None:
             (here / fence.file).write_text(fence.text, encoding="utf-8")
-            if fence.language == "yaml":
-                load_config(here / fence.file)
         elif fence.language == "bash":
             for words in commands_of(fence.text):
                 run_command(words, fence.where, monkeypatch)
@@ -180,9 +177,7 @@ def check_words(words: list[str], where: str) -> None:
     if name in ("--version", "--help"):
         return
     assert name in COMMANDS, f"{where}: there is no command {name}"
-    command = importlib.import_module(f"halfbyte.cli.{name}")
-    parser = make_parser(name, COMMANDS[name], command.SECTIONS)
-    command.add_arguments(parser)
+    _, parser = load_command(name)
     if "--help" not in words:
         parse_overrides(parse_words(parser, words[2:]).overrides)
 
