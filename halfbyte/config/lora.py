@@ -30,6 +30,8 @@ class LoraSection:
     """Names, or a regular expression, of layers that get none although they match."""
     rslora: bool = option(False, aliases=("use_rslora",))
     """Scale by alpha / sqrt(rank) instead."""
+    dora: bool = option(False, aliases=("use_dora",))
+    """Train the lengths of the weights' rows too (DoRA). Slower, the more so with dropout."""
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     """Another rank for layers whose path matches: down_proj=32."""
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)

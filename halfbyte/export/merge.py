@@ -1,6 +1,6 @@
 """Merge an adapter into its base: one plain transformers model, written tensor by tensor.
 
-    W' = W + scaling * B A        in fp32, a block of rows at a time, rounded once
+    W' = W + scaling * B A        in fp32, a block of rows at a time, rounded once; DoRA scales the rows of that
 
 **Which W** is for the person to choose, because they differ. `dequantized` is what the adapter saw in training, the
 4-bit form written out: the merged model is the tuned model. `original` is the base's own weights in 16 or 32 bits: a
@@ -26,13 +26,14 @@ from typing import Any, Literal
 import torch
 
 from halfbyte.errors import ConfigError, FormatError
-from halfbyte.export.base_rows import iter_base_rows
+from halfbyte.export.base_rows import iter_base_rows, update_of_rows
 from halfbyte.export.description import write_description
 from halfbyte.export.folder import new_folder
 from halfbyte.export.rounding import generator_for, round_fairly
 from halfbyte.export.shards import ShardWriter, TensorWriter
 from halfbyte.models import PreTrainedModel
-from halfbyte.models.adapter_files import Adapter, AdapterTensors, find_adapter_weights, open_adapter
+from halfbyte.models.adapter_files import Adapter, find_adapter_weights, open_adapter
+from halfbyte.models.adapter_tensors import AdapterTensors
 from halfbyte.models.build import build_meta_model
 from halfbyte.models.describe import load_config
 from halfbyte.models.load import quantizable_layers
@@ -46,7 +47,7 @@ from halfbyte.quant import QuantizedTensor, QuantSpec
 from halfbyte.quant.bnb_format import load_quantized
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-NO_ADAPTER = Adapter(spec=LoraSpec(), tensors=AdapterTensors(lora_A={}, lora_B={}, saved={}), alphas={})
+NO_ADAPTER = Adapter(spec=LoraSpec(), tensors=AdapterTensors(lora_A={}, lora_B={}, magnitude={}, saved={}), alphas={})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -318,8 +319,14 @@ class Merger:
             if path not in tensors.lora_A:
                 yield self._cast(values, name)
                 continue
-            update = tensors.lora_B[path][rows].float() @ tensors.lora_A[path].float()
-            update.mul_(self._adapter.scaling(path))
+            magnitude = tensors.magnitude.get(path)
+            update = update_of_rows(
+                values,
+                tensors.lora_A[path],
+                tensors.lora_B[path][rows],
+                scaling=self._adapter.scaling(path),
+                magnitude=None if magnitude is None else magnitude[rows],
+            )
             merged = values + update
             self._check_range(merged, name)
             written = round_fairly(merged, self.dtype, generator=generator)

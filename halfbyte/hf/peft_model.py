@@ -21,7 +21,6 @@ from halfbyte.nn import AdapterReport, LoraSpec, adapters_disabled, attach_adapt
 _ONLY: dict[str, Any] = {
     "bias": "none",
     "fan_in_fan_out": False,
-    "use_dora": False,
     "lora_bias": False,
     "init_lora_weights": True,
     "task_type": "CAUSAL_LM",
@@ -78,6 +77,7 @@ class LoraConfig:
             alpha=self.lora_alpha,
             dropout=self.lora_dropout,
             rslora=self.use_rslora,
+            dora=self.use_dora,
             targets=_names(self.target_modules) or "all-linear",
             exclude=_tuple(self.exclude_modules) or (),
             rank_pattern=dict(self.rank_pattern or {}),
@@ -96,6 +96,7 @@ class LoraConfig:
             lora_alpha=spec.alpha,
             lora_dropout=spec.dropout,
             use_rslora=spec.rslora,
+            use_dora=spec.dora,
             modules_to_save=list(spec.modules_to_save) or None,
             rank_pattern=dict(spec.rank_pattern),
             alpha_pattern=dict(spec.alpha_pattern),

@@ -45,6 +45,7 @@ def run_shape_of(
         row_tokens=config.data.max_length,
         batch_rows=batch_rows_of(config),
         rank=max(lora.rank, *lora.rank_pattern.values()) if lora.rank_pattern else lora.rank,
+        dora=lora.dora,
         targets=_targets_of(lora.targets),
         in_4bit=config.quant.enabled,
         block_size=config.quant.block_size,
@@ -54,7 +55,7 @@ def run_shape_of(
         pages_optimizer=train.optim.startswith("paged"),
         drops=lora.dropout > 0,
         fp8=train.fp8,
-        fused=train.fused and is_fusable,
+        fused=train.fused and is_fusable and not lora.dora,
         expandable_segments=expandable_segments,
         may_spill=config.memory.spill_folder is not None,
     )

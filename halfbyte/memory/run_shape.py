@@ -25,6 +25,8 @@ class RunShape:
     """Rows of an optimizer step."""
     rank: int = 16
     """Of every adapter."""
+    dora: bool = False
+    """Whether adapters have a magnitude of each output too."""
     targets: tuple[str, ...] = PROJECTIONS
     """The projections of a block that have one."""
     in_4bit: bool = True

@@ -27,6 +27,8 @@ class AdapterReport:
     """Rank of each adapter by the path of its layer."""
     saved_modules: tuple[str, ...]
     """Paths of the modules trained whole."""
+    dora: bool
+    """Whether they train the lengths of rows too."""
     trainable_parameters: int
     total_parameters: int
     """All elements of all weights, a 4-bit weight counted by its elements and not by its bytes."""
@@ -43,7 +45,8 @@ class AdapterReport:
         ]
         rank_text = f" of rank {ranks.pop()}" if len(ranks) == 1 else ""
         saved = f"; trained whole: {', '.join(self.saved_modules)}" if self.saved_modules else ""
-        text = f"{self.num_modules} adapters{rank_text}: {', '.join(parts)}{saved}"
+        kind = "DoRA adapters" if self.dora else "adapters"
+        text = f"{self.num_modules} {kind}{rank_text}: {', '.join(parts)}{saved}"
         if self.trainable_parameters:
             share = 100 * self.trainable_parameters / self.total_parameters
             text += (
@@ -67,7 +70,13 @@ def attach_adapters(model: nn.Module, spec: LoraSpec) -> AdapterReport:
         base = model.get_submodule(target.path)
         assert isinstance(base, (Linear4bit, nn.Linear))
         layer = LoraLinear.from_base(
-            base, rank=target.rank, alpha=target.alpha, rslora=spec.rslora, dropout=spec.dropout, workspace=workspace
+            base,
+            rank=target.rank,
+            alpha=target.alpha,
+            rslora=spec.rslora,
+            dora=spec.dora,
+            dropout=spec.dropout,
+            workspace=workspace,
         )
         if spec.seed is not None:
             layer.reset_adapter(_seed_of(spec.seed, target.path))
@@ -83,6 +92,7 @@ def report_adapters(model: nn.Module) -> AdapterReport:
     return AdapterReport(
         modules={path: layer.rank for path, layer in iter_lora(model)},
         saved_modules=tuple(path for path, _ in iter_saved(model)),
+        dora=any(layer.lora_magnitude_vector is not None for _, layer in iter_lora(model)),
         trainable_parameters=trainable,
         total_parameters=total,
     )

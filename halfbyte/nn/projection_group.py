@@ -63,6 +63,15 @@ class _Member:
     layer: LoraLinear
     rows: slice
     ranks: slice
+    by_base: bool = False
+    """Whether its adapter is off and what was taken out of its base stands in, see `LoraLinear.acting`."""
+
+    @property
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What takes part as A and B."""
+        acting = self.layer.acting
+        assert acting is not None
+        return acting
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,14 +103,14 @@ class _Stacks:
     def fill_A(self) -> None:
         """Cast every A anew."""
         for member in self.members:
-            self.A_RD[member.ranks] = member.layer.lora_A.detach()
+            self.A_RD[member.ranks] = member.factors[0].detach()
 
     def fill(self) -> None:
         """Cast the adapters anew, where B does not ride."""
         if not self.members or self.B_FR is None:
             return
         targets = [self.A_RD[m.ranks] for m in self.members] + [self.B_FR[m.rows, m.ranks] for m in self.members]
-        sources = [m.layer.lora_A.detach() for m in self.members] + [m.layer.lora_B.detach() for m in self.members]
+        sources = [m.factors[0].detach() for m in self.members] + [m.factors[1].detach() for m in self.members]
         torch._foreach_copy_(targets, sources)
         for member in self.members:
             if (factor := self.factor_of(member)) != 1:
@@ -115,8 +124,8 @@ class _Stacks:
         """Return the members as the op that stacks them wants them."""
         return [
             StackMember(
-                member.layer.lora_A.detach(),
-                member.layer.lora_B.detach(),
+                member.factors[0].detach(),
+                member.factors[1].detach(),
                 first_row=member.rows.start,
                 first_rank=member.ranks.start,
                 scaling=self.factor_of(member),
@@ -163,12 +172,13 @@ class ProjectionGroup:
     @property
     def members(self) -> tuple[_Member, ...]:
         """The projections whose adapters take part."""
-        return tuple(member for member in self._all_members if member.layer.adapter_enabled)
+        acting = (member for member in self._all_members if member.layer.acting is not None)
+        return tuple(dataclasses.replace(m, by_base=True) if not m.layer.adapter_enabled else m for m in acting)
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
-        """lora_A and lora_B of each member."""
-        return [parameter for member in self.members for parameter in (member.layer.lora_A, member.layer.lora_B)]
+    def parameters(self) -> list[torch.Tensor]:
+        """A and B of each member."""
+        return [factor for member in self.members for factor in member.factors]
 
     @property
     def rank(self) -> int:

@@ -22,6 +22,8 @@ class LoraSpec:
     """Probability of dropping an element of the adapter's input in training."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead."""
+    dora: bool = False
+    """Train the lengths of the weights' rows too (DoRA)."""
     targets: str | tuple[str, ...] = ALL_LINEAR
     """"all-linear" (all but the output head), names (the last part or more of a layer's path), or a regular
     expression for the whole path."""

@@ -33,7 +33,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from halfbyte.errors import ConfigError, FormatError
-from halfbyte.models.adapter_files import PREFIX, WEIGHTS_FILE
+from halfbyte.models.adapter_files import WEIGHTS_FILE
+from halfbyte.models.adapter_tensors import PREFIX, adapter_key
 from halfbyte.nn import iter_lora
 from halfbyte.nn.attach import iter_saved
 
@@ -129,8 +130,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return every parameter of a model's adapters under its key in the adapter's file."""
     parameters: dict[str, nn.Parameter] = {}
     for path, layer in iter_lora(model):
-        parameters[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A
-        parameters[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B
+        parameters |= {adapter_key(path, name): parameter for name, parameter in layer.adapter().items()}
     for path, module in iter_saved(model):
         parameters |= {f"{PREFIX}{path}.{name}": parameter for name, parameter in module.trained.named_parameters()}
     return parameters
