@@ -74,16 +74,17 @@ def test_planned_speed_is_near_what_was_measured(row: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_bytes_of_weights_adapters_and_state_are_exact(family: str, double_quant: bool) -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_bytes_of_weights_adapters_and_state_are_exact(family: str, double_quant: bool, dora: bool) -> None:
     model = build_tiny(family)
     config = TINY_CONFIGS[family].to_dict()
-    run = RunShape(rank=4, double_quant=double_quant)
+    run = RunShape(rank=4, double_quant=double_quant, dora=dora)
     shape = ModelShape.from_config(config)
     assert shape.num_parameters == sum(p.numel() for p in model.parameters())
     quantize_linears_(model, QuantSpec(double_quant=double_quant))
     weights = quantized_layers(model.model.layers[0])
     assert sum(block_weight_bytes(shape, run)) == pytest.approx(slab_bytes(weights), abs=256)
-    attach_adapters(model, LoraSpec(rank=4))
+    attach_adapters(model, LoraSpec(rank=4, dora=dora))
     trained = [parameter for _, parameter in iter_trainable(model)]
     assert shape.layers * adapter_numbers(shape, run) == sum(p.numel() for p in trained)
     optimizer = build_optimizer("adamw_8bit", [{"params": trained}], lr=1e-3)
