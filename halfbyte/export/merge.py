@@ -40,8 +40,10 @@ from halfbyte.models.load import quantizable_layers
 from halfbyte.models.placement import Placement, make_placements
 from halfbyte.models.run_folder import load_run_quant
 from halfbyte.models.source import ModelSource, resolve_source
+from halfbyte.models.weight_splits import halve_adapter, has_halves
 from halfbyte.models.weights import LazyTensor, iter_weights
 from halfbyte.nn import LoraSpec
+from halfbyte.nn.split import Factors, quantize_rest
 from halfbyte.ops import quantize_4bit
 from halfbyte.quant import QuantizedTensor, QuantSpec
 from halfbyte.quant.bnb_format import load_quantized
@@ -153,13 +155,16 @@ def open_merge(
     model = build_meta_model(config, dtype=torch.float32)
     placements = make_placements(model, [tensor for _, tensor in iter_weights(source)])
     opened = NO_ADAPTER if adapter is None else open_adapter(model, adapter)
+    taken: dict[str, Factors] = {}
     if spec == "run":
         spec = None if adapter is None else load_run_quant(Path(adapter))
     layers = set()
     if onto == "dequantized" and spec is not None and not any(placement.is_quantized for placement in placements):
         layers = quantizable_layers(model, config)
+        if adapter is not None and has_halves(find_adapter_weights(Path(adapter))):
+            opened, taken = halve_adapter(opened)
     merger = Merger(source, model, placements, opened, onto=onto, spec=spec, layers=layers, dtype=dtype)
-    merger.keeps_vectors = keeps_vectors
+    merger.keeps_vectors, merger.taken = keeps_vectors, taken
     return merger
 
 
@@ -181,6 +186,7 @@ class Merger:
         dtype: Of merged weights.
         untied: Whether parameters that were one tensor become two.
         keeps_vectors: Leave tensors of one dimension in the dtype they have.
+        taken: What is taken out of weights before they are quantised, see `weight_splits`.
     """
 
     def __init__(
@@ -200,6 +206,7 @@ class Merger:
         self.model = model
         self.placements = placements
         self.keeps_vectors = False
+        self.taken: dict[str, Factors] = {}
         self._onto = onto
         self._adapter = adapter
         self._spec = spec
@@ -304,10 +311,10 @@ class Merger:
         return self._quantized_if_meant(placement.tensors[0].read(), path)
 
     def _quantized_if_meant(self, weight: torch.Tensor, path: str) -> torch.Tensor | QuantizedTensor:
-        if path not in self._layers:
-            return weight
-        assert self._spec is not None
-        return quantize_4bit(weight, self._spec)
+        spec = self._spec if path in self._layers else None
+        if path in self.taken:
+            return quantize_rest(weight, self.taken[path], self._adapter.scaling(path), spec)
+        return weight if spec is None else quantize_4bit(weight, spec)
 
     def _write_layer(self, name: str, path: str, base: torch.Tensor | QuantizedTensor, writer: TensorWriter) -> None:
         num_rows, width = base.shape

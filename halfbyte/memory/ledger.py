@@ -172,8 +172,10 @@ class LedgerMaker:
                 rank = self._padded(rank)
                 copies += rank * (in_ + (0 if self._rides else out))
         pages = run.pages_optimizer and self.card.is_gpu
+        first = [Entry("what adapters begin from (fp32)", 4 * numbers)] if run.keeps_first else []
         return [
             Entry("adapters (fp32)", 4 * numbers),
+            *first,
             Entry("their gradients (fp32)", 4 * numbers),
             Entry(
                 f"optimizer state ({run.state_bits} bits)",

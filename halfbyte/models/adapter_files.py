@@ -21,7 +21,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -38,16 +38,19 @@ from halfbyte.models.adapter_config import (
     spec_from_adapter_config,
 )
 from halfbyte.models.adapter_tensors import (
+    HALVES,
     PREFIX,
     SHOWN_NAMES,
     AdapterTensors,
     adapter_key,
+    both_halves,
     check_effect,
     check_shapes,
     read_adapter_tensors,
 )
 from halfbyte.nn import AdapterReport, LoraSpec, attach_adapters, iter_lora
 from halfbyte.nn.attach import iter_saved, report_adapters
+from halfbyte.nn.split import Split
 from halfbyte.nn.targets import find_saved, find_targets
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -82,30 +85,37 @@ def save_adapter(
     """
     tensors = adapter_state_dict(model)
     adapted = [path for path, _ in iter_lora(model)]
+    is_split = any(layer.taken_A is not None for _, layer in iter_lora(model))
+    if is_split:
+        spec = spec.with_ranks_times(2)
     values = make_adapter_config(spec, base_model=base_model, adapted=adapted, model=model, revision=revision)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
+    _replace(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt", **(HALVES if is_split else {})}))
     _replace(folder / CONFIG_FILE, adapter_config_text(values).encode())
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the adapters of a model under PEFT's keys, fp32 on the CPU."""
+    """Return the adapters of a model, as those of a plain base, under PEFT's keys, fp32 on the CPU."""
     tensors: dict[str, torch.Tensor] = {}
     for path, layer in iter_lora(model):
-        tensors |= {adapter_key(path, name): parameter for name, parameter in layer.adapter().items()}
+        tensors |= {adapter_key(path, name): tensor for name, tensor in both_halves(layer).items()}
     for path, module in iter_saved(model):
         for name, parameter in module.trained.named_parameters():
             tensors[f"{PREFIX}{path}.{name}"] = parameter
     return {key: t.detach().to("cpu", torch.float32).contiguous() for key, t in sorted(tensors.items())}
 
 
-def load_adapter(model: PreTrainedModel, path: Path | str, *, trainable: bool = False) -> AdapterReport:
+def load_adapter(
+    model: PreTrainedModel, path: Path | str, *, trainable: bool = False, splits: Mapping[str, Split] | None = None
+) -> AdapterReport:
     """Put a saved adapter on a model.
 
     Args:
         model: The base, without adapters.
         path: The adapter's folder, or its weights file; a pickle is read only where the file itself is named.
         trainable: Whether training goes on; otherwise everything is frozen.
+        splits: Where what the adapter has begun from was taken out of the model's weights as they were loaded (see
+            `weight_splits`), what they were split into: the first values are then the adapter's.
 
     Returns:
         How many layers got an adapter, and which.
@@ -117,8 +127,12 @@ def load_adapter(model: PreTrainedModel, path: Path | str, *, trainable: bool = 
     if next(iter_lora(model), None) or next(iter_saved(model), None):
         raise ConfigError("the model has adapters already; load the base model anew to put others on it")
     adapter = open_adapter(model, path)
-    attach_adapters(model, adapter.spec)
-    _copy_into(model, adapter)
+    if splits:
+        attach_adapters(model, adapter.spec.with_ranks_times(0.5), splits)
+        _copy_saved(model, adapter)
+    else:
+        attach_adapters(model, adapter.spec)
+        _copy_into(model, adapter)
     for _, layer in iter_lora(model):
         for parameter in layer.adapter().values():
             parameter.requires_grad_(trainable)
@@ -216,9 +230,14 @@ def _copy_into(model: nn.Module, adapter: Adapter) -> None:
         layer.lora_B.copy_(tensors.lora_B[path])
         if layer.lora_magnitude_vector is not None:
             layer.lora_magnitude_vector.copy_(tensors.magnitude[path])
+    _copy_saved(model, adapter)
+
+
+@torch.no_grad()
+def _copy_saved(model: nn.Module, adapter: Adapter) -> None:
     for path, module in iter_saved(model):
         for name, parameter in module.trained.named_parameters():
-            parameter.copy_(tensors.saved[path][name])
+            parameter.copy_(adapter.tensors.saved[path][name])
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -17,6 +17,8 @@ from halfbyte.models.safetensors_file import load_header
 from halfbyte.nn import Linear4bit, LoraLinear, SavedModule
 
 PREFIX = "base_model.model."
+# Metadata of a file whose ranks are two halves: what was trained, and less what it has begun from.
+HALVES = {"halfbyte.ranks": "trained, begun from"}
 SHOWN_NAMES = 3
 _LORA_KEY = re.compile(r"(?P<path>.+)\.(?P<name>lora_[AB])(\.[^.]+)?\.weight")
 _MAGNITUDE_KEY = re.compile(r"(?P<path>.+)\.(?P<name>lora_magnitude_vector)(\.[^.]+)?(\.weight)?")
@@ -42,6 +44,23 @@ class AdapterTensors:
 def adapter_key(path: str, name: str) -> str:
     """Return PEFT's key for a parameter of the adapter of a layer."""
     return f"{PREFIX}{path}.{name}" + ("" if name == "lora_magnitude_vector" else ".weight")
+
+
+def both_halves(layer: LoraLinear) -> dict[str, torch.Tensor]:
+    """Return the adapter of a layer as one for the plain base, see `halfbyte.models.weight_splits`."""
+    tensors: dict[str, torch.Tensor] = dict(layer.adapter())
+    if layer.taken_A is not None and layer.taken_B is not None:
+        tensors["lora_A"] = torch.cat([layer.lora_A, layer.taken_A])
+        tensors["lora_B"] = torch.cat([layer.lora_B, -layer.taken_B], dim=1)
+    return tensors
+
+
+def halves(
+    lora_A: torch.Tensor, lora_B: torch.Tensor
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Return both halves of lora_A, and of lora_B: the inverse of `both_halves`."""
+    (trained_A, taken_A), (trained_B, taken_B) = lora_A.chunk(2), lora_B.chunk(2, dim=1)
+    return (trained_A, taken_A), (trained_B, -taken_B)
 
 
 def read_adapter_tensors(model: nn.Module, weights_file: Path) -> AdapterTensors:

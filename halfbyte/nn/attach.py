@@ -6,16 +6,18 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
+from halfbyte.config.adapter_init import begins_from_weights
 from halfbyte.errors import ConfigError
 from halfbyte.nn.convert import replace_module, workspace_of
 from halfbyte.nn.linear import Linear4bit
 from halfbyte.nn.lora import LoraLinear
 from halfbyte.nn.saved_module import SavedModule
 from halfbyte.nn.spec import LoraSpec
+from halfbyte.nn.split import Split
 from halfbyte.nn.targets import find_saved, find_targets
 
 
@@ -55,8 +57,13 @@ class AdapterReport:
         return text
 
 
-def attach_adapters(model: nn.Module, spec: LoraSpec) -> AdapterReport:
+def attach_adapters(model: nn.Module, spec: LoraSpec, splits: Mapping[str, Split] | None = None) -> AdapterReport:
     """Freeze a model and put adapters that change nothing yet beside the layers that `spec` means.
+
+    Args:
+        model: Changed in place.
+        spec: Which layers, and how.
+        splits: What its weights were split into while they were loaded, where `spec.init` asks for that.
 
     Raises:
         ConfigError: `spec` matches nothing, or something that cannot be adapted; the model is left as it was.
@@ -64,6 +71,13 @@ def attach_adapters(model: nn.Module, spec: LoraSpec) -> AdapterReport:
     if any(isinstance(module, (LoraLinear, SavedModule)) for module in model.modules()):
         raise ConfigError("the model has adapters already; load the base model anew to attach others")
     targets, saved = find_targets(model, spec), find_saved(model, spec)
+    unsplit = [target.path for target in targets if target.path not in (splits or {})]
+    if begins_from_weights(spec.init) and unsplit:
+        raise ConfigError(
+            f"lora.init={spec.init} begins from weights before they are quantised, and that of {unsplit[0]} was not "
+            "split when the model was loaded: the layer shares it with another, or load_model was not given NewSplits; "
+            "leave the layer out of lora.targets, or use `halfbyte train`"
+        )
     workspace = workspace_of(model)
     model.requires_grad_(False)
     for target in targets:
@@ -78,8 +92,11 @@ def attach_adapters(model: nn.Module, spec: LoraSpec) -> AdapterReport:
             dropout=spec.dropout,
             workspace=workspace,
         )
+        split = (splits or {}).get(target.path)
         if spec.seed is not None:
-            layer.reset_adapter(_seed_of(spec.seed, target.path))
+            layer.reset_adapter(seed_of(spec.seed, target.path))
+        if split is not None:
+            layer.start_from(split.first, taken=split.taken)
         replace_module(model, target.path, layer)
     for path in saved:
         replace_module(model, path, SavedModule.from_module(model.get_submodule(path)))
@@ -122,7 +139,10 @@ def iter_trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 @contextlib.contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Make the model behave as its base inside the `with` block."""
+    """Make the model behave as its base inside the `with` block.
+
+    A base that lacks what its adapters have begun from gets that back.
+    """
     wrappers = [m for m in model.modules() if isinstance(m, (LoraLinear, SavedModule))]
     before = [wrapper.adapter_enabled for wrapper in wrappers]
     for wrapper in wrappers:
@@ -134,5 +154,6 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
             wrapper.adapter_enabled = enabled
 
 
-def _seed_of(seed: int, path: str) -> int:
+def seed_of(seed: int, path: str) -> int:
+    """Return the seed of one layer."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{path}".encode()).digest()[:7], "little")

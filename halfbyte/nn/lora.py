@@ -8,8 +8,8 @@ The adapter's master values are fp32 and stay so: `.half()`, `.bfloat16()` and `
 alone, because an update of a learning rate of 2e-4 vanishes in a 16-bit weight.
 
 A base may hold its weight less a product of that size, scaling * taken_B taken_A, which was taken out before it was
-quantised and which the adapter has begun from (see `split_init`). The base as such is then both together, and that is
-what the layer is while its adapter is off.
+quantised and which the adapter has begun from (see `halfbyte.nn.split`). The base as such is then both together, and
+that is what the layer is while its adapter is off.
 
 Sources: Hu et al., LoRA, arXiv 2106.09685; Kalajdzievski, rsLoRA, arXiv 2312.03732; Liu et al., DoRA, arXiv 2402.09353.
 """
@@ -24,6 +24,7 @@ from torch import nn
 
 from halfbyte.nn.expanded import ExpandedWeight
 from halfbyte.nn.linear import Linear4bit
+from halfbyte.nn.split import Factors
 from halfbyte.ops.dequantize_4bit import dequantize_4bit
 from halfbyte.ops.dora_linear import dora_linear, row_lengths
 from halfbyte.ops.lora_linear import LoraOptions, lora_linear
@@ -106,13 +107,22 @@ class LoraLinear(nn.Module):
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         values = torch.empty(self.lora_A.shape, dtype=torch.float32, device="cpu")
         nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
-        self.start_from(values, self.lora_B)
+        self.start_from(Factors(A_RD=values, B_FR=self.lora_B))
 
     @torch.no_grad()
-    def start_from(self, lora_A: torch.Tensor, lora_B: torch.Tensor) -> None:
-        """Take other first values; a magnitude becomes what changes no length."""
-        self.lora_A.copy_(lora_A)
-        self.lora_B.copy_(lora_B)
+    def start_from(self, first: Factors, *, taken: Factors | None = None) -> None:
+        """Take other first values; a magnitude becomes what changes no length.
+
+        Args:
+            first: The values.
+            taken: What was taken out of the base.
+        """
+        self.lora_A.copy_(first.A_RD)
+        self.lora_B.copy_(first.B_FR)
+        if taken is not None:
+            device = self.lora_A.device
+            # Copies: where the first values are these, training moves those.
+            self.taken_A, self.taken_B = (factor.to(device, copy=True) for factor in (taken.A_RD, taken.B_FR))
         if self.lora_magnitude_vector is not None:
             self.lora_magnitude_vector.copy_(self.row_lengths())
 

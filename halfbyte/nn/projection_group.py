@@ -167,13 +167,18 @@ class ProjectionGroup:
         self._stacks: _Stacks | None = None
         dropouts = {member.layer.dropout for member in self._all_members}
         assert len(dropouts) <= 1, f"adapters of {kind} drop differently: {dropouts}"
-        self.dropout = dropouts.pop() if dropouts else 0.0
+        self._dropout = dropouts.pop() if dropouts else 0.0
 
     @property
     def members(self) -> tuple[_Member, ...]:
         """The projections whose adapters take part."""
         acting = (member for member in self._all_members if member.layer.acting is not None)
         return tuple(dataclasses.replace(m, by_base=True) if not m.layer.adapter_enabled else m for m in acting)
+
+    @property
+    def dropout(self) -> float:
+        """Probability of dropping an element of the adapters' input in training."""
+        return 0.0 if any(member.by_base for member in self.members) else self._dropout
 
     @property
     def parameters(self) -> list[torch.Tensor]:
