@@ -54,7 +54,7 @@ class LoraConfig:
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     fan_in_fan_out: bool = False
-    init_lora_weights: bool = True
+    init_lora_weights: bool | str = True
     inference_mode: bool = False
     use_dora: bool = False
     lora_bias: bool = False
@@ -65,6 +65,11 @@ class LoraConfig:
     revision: str | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.init_lora_weights, str):
+            raise ConfigError(
+                f"LoraConfig: init_lora_weights={self.init_lora_weights!r} looks at the weights, which are in 4 bits "
+                "already when adapters are attached to a model; use `halfbyte train --lora.init=...` for that"
+            )
         values = {name: getattr(self, name) for name in _ONLY}
         values["task_type"] = getattr(self.task_type, "value", self.task_type)
         refuse_unless_default("LoraConfig", values, _ONLY)

@@ -153,6 +153,7 @@ def test_plain_model_without_quantization_config_is_what_transformers_loads(mode
     [
         (lambda f: BitsAndBytesConfig(load_in_8bit=True), "load_in_8bit"),
         (lambda f: LoraConfig(lora_bias=True), "lora_bias"),
+        (lambda f: LoraConfig(init_lora_weights="pissa"), "in 4 bits already"),
         (lambda f: LoraConfig(bias="all"), "bias"),
         (lambda f: AutoModelForCausalLM.from_pretrained(f, torch_dtyp="auto"), "did you mean torch_dtype"),
         (lambda f: AutoModelForCausalLM.from_pretrained(f, max_memory={0: "8GiB"}), "max_memory"),
