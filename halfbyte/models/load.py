@@ -103,14 +103,8 @@ def load_model(
     model = build_meta_model(config, dtype=computing.dtype, attn_implementation=attn_implementation)
     placements = make_placements(model, [tensor for _, tensor in iter_weights(source)])
     notes = [computing.note] if computing.note else []
-    if splits is not None:
-        _refuse_quantized(placements, source)
-        notes.append(splits.note)
     targets = _choose_targets(model, placements, config, quant, notes, allow_16bit_experts=allow_16bit_experts)
-    # What is in 4 bits already is used where it lies: its bytes are the system's file cache, shared and droppable.
-    keeps_views = target_device.type == "cpu" and source.kind == "bnb4bit"
-    if keeps_views:
-        notes.append("weights are mapped from the checkpoint, not copied: leave its files as they are meanwhile")
+    _check_splits(splits, placements, source, notes)
     filler = ModelFiller(
         model,
         spec=quant,
@@ -118,7 +112,7 @@ def load_model(
         device=target_device,
         dtype=computing.dtype,
         slabs=_make_slabs(model, residency, target_device, targets=targets),
-        keeps_views=keeps_views,
+        keeps_views=_keeps_views(source, target_device, notes),
         splits=splits,
     )
     fill_(filler, placements, on_progress=on_progress)
@@ -131,13 +125,30 @@ def load_model(
     return LoadedModel(model=model, source=source, report=report, splits={} if splits is None else splits.splits)
 
 
-def _refuse_quantized(placements: list[Placement], source: ModelSource) -> None:
+def _check_splits(
+    splits: WeightSplits | None, placements: list[Placement], source: ModelSource, notes: list[str]
+) -> None:
+    """Make sure that weights can be split, and say in the notes that they are."""
+    if splits is None:
+        return
     name = next((placement.target for placement in placements if placement.is_quantized), None)
     if name is not None:
         raise ConfigError(
             f"{source.name} holds {name} in 4 bits already, and what adapters begin from (lora.init) must be taken out "
-            "of a weight before it is quantised; load the model that was quantised, or set lora.init=zero"
+            "of a weight before it is quantised; give the model in 16 bits that this one was made of"
         )
+    notes.append(splits.note)
+
+
+def _keeps_views(source: ModelSource, device: torch.device, notes: list[str]) -> bool:
+    """Say whether tensors stay views of the files, adding that to the notes.
+
+    What is in 4 bits already is used where it lies: its bytes are the system's file cache, shared and droppable.
+    """
+    keeps_views = device.type == "cpu" and source.kind == "bnb4bit"
+    if keeps_views:
+        notes.append("weights are mapped from the checkpoint, not copied: leave its files as they are meanwhile")
+    return keeps_views
 
 
 def _choose_targets(
