@@ -100,6 +100,21 @@ def test_bytes_of_weights_adapters_and_state_are_exact(family: str, double_quant
     assert optimizer_bytes(shape, run) == pytest.approx(state, rel=0.01)
 
 
+def test_dora_is_planned_to_take_its_products_and_magnitudes() -> None:
+    shape, choice = shape_of("Llama-7B"), Choice(rows=4, policies=(("keep", 32),))
+
+    def plan(**options: Any) -> tuple[float, int]:
+        maker = LedgerMaker(shape, RunShape(fused=False, **options), H100)
+        return CostModel(maker).predict(choice).seconds, maker.make(choice).device_bytes
+
+    plain, dora, without_dropout = plan(), plan(dora=True), plan(dora=True, drops=False)
+    assert plain[0] < without_dropout[0] < dora[0]
+    assert plain[1] < dora[1] < plain[1] * 1.01
+    # What was taken out of the base is as large as the adapters.
+    maker = LedgerMaker(shape, RunShape(), H100)
+    assert plan(keeps_first=True)[1] - plain[1] == 4 * maker.adapter_numbers
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parameters_of_known_models_are_counted(name: str) -> None:
     config = dict(CONFIGS[name])
