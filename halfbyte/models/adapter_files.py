@@ -5,6 +5,7 @@
         base_model.model.<path>.lora_A.weight     (rank, in)
         base_model.model.<path>.lora_B.weight     (out, rank)
         base_model.model.<path>.<parameter>       of a module trained whole
+        base_model.model.<path>.token_adapter...  rows of single tokens, see `adapter_tokens`
 
 Loading is strict. Every tensor must belong to a layer of the model, every layer that the configuration means must have
 its two tensors, shapes must fit, and an adapter that changes nothing is an error: each of these, passed over in
@@ -36,11 +37,22 @@ from halfbyte.models.adapter_config import (
     read_adapter_config,
     spec_from_adapter_config,
 )
+from halfbyte.models.adapter_tokens import (
+    ROWS,
+    TOKENS_KEY,
+    WHOLE,
+    KnownRows,
+    TokenTensors,
+    copy_rows_,
+    rows_key,
+    settle_tokens,
+)
 from halfbyte.models.pickle_file import load_pickle
 from halfbyte.models.safetensors_file import load_header
-from halfbyte.nn import AdapterReport, Linear4bit, LoraLinear, LoraSpec, SavedModule, attach_adapters, iter_lora
+from halfbyte.nn import AdapterReport, Linear4bit, LoraLinear, LoraSpec, attach_adapters, iter_lora
 from halfbyte.nn.attach import iter_saved, report_adapters
 from halfbyte.nn.targets import find_saved, find_targets
+from halfbyte.nn.vocabulary import find_vocabulary, iter_token_rows
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
@@ -48,6 +60,7 @@ PREFIX = "base_model.model."
 SHOWN_NAMES = 3
 _LORA_KEY = re.compile(r"(?P<path>.+)\.(?P<name>lora_[AB])(\.[^.]+)?\.weight")
 _SAVED_KEY = re.compile(r"(?P<path>.+)\.modules_to_save\.[^.]+\.(?P<name>[^.]+)")
+_ALONG_KEY = re.compile(r"^(.+)\.(?:original_module|modules_to_save)\.(?=[^.]+$)")
 _UNSUPPORTED_KEYS = {
     "lora_magnitude_vector": "DoRA",
     "lora_embedding_": "adapters of embeddings",
@@ -63,6 +76,7 @@ class AdapterTensors:
     lora_B: dict[str, torch.Tensor]
     saved: dict[str, dict[str, torch.Tensor]]
     """Parameters of modules trained whole, by path and name."""
+    tokens: TokenTensors = dataclasses.field(default_factory=TokenTensors)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +86,8 @@ class Adapter:
     spec: LoraSpec
     tensors: AdapterTensors
     alphas: dict[str, float]
+    rows: dict[str, KnownRows] = dataclasses.field(default_factory=dict)
+    """Trained rows of single tokens, by the path of embedding or head."""
 
     def scaling(self, path: str) -> float:
         """Return what the product of lora_B and lora_A of one layer is multiplied by."""
@@ -108,6 +124,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     for path, module in iter_saved(model):
         for name, parameter in module.trained.named_parameters():
             tensors[f"{PREFIX}{path}.{name}"] = parameter
+    for path, wrapper in iter_token_rows(model):
+        tensors[f"{PREFIX}{rows_key(path)}"] = wrapper.table.rows
     return {key: t.detach().to("cpu", torch.float32).contiguous() for key, t in sorted(tensors.items())}
 
 
@@ -136,6 +154,8 @@ def load_adapter(model: PreTrainedModel, path: Path | str, *, trainable: bool = 
         layer.lora_B.requires_grad_(trainable)
     for _, module in iter_saved(model):
         module.trained.requires_grad_(trainable)
+    for _, wrapper in iter_token_rows(model):
+        wrapper.table.rows.requires_grad_(trainable)
     if not trainable:
         model.eval()
     return report_adapters(model)
@@ -150,11 +170,12 @@ def open_adapter(model: nn.Module, path: Path | str) -> Adapter:
     weights_file = find_adapter_weights(Path(path))
     spec = spec_from_adapter_config(read_adapter_config(weights_file))
     tensors = _read_adapter(model, weights_file)
+    spec, rows = settle_tokens(model, spec, tensors.tokens, tensors.saved, weights_file)
     _check_shapes(model, tensors, weights_file)
     _check_effect(tensors, weights_file)
     known = _known_part(model, spec, tensors, weights_file)
     alphas = {target.path: target.alpha for target in find_targets(model, known)} if tensors.lora_A else {}
-    return Adapter(spec=known, tensors=tensors, alphas=alphas)
+    return Adapter(spec=known, tensors=tensors, alphas=alphas, rows=rows)
 
 
 def find_adapter_weights(path: Path) -> Path:
@@ -186,6 +207,7 @@ def _read_adapter(model: nn.Module, weights_file: Path) -> AdapterTensors:
         FormatError: The file is damaged, a tensor is of an unknown kind, or belongs to no layer of the model.
     """
     raw = _read_tensors(weights_file)
+    raw = {key: tensor for key, tensor in raw.items() if not _is_written_twice(key, raw)}
     if not raw:
         raise FormatError(f"{weights_file} holds no tensors")
     for key in raw:
@@ -199,6 +221,9 @@ def _read_adapter(model: nn.Module, weights_file: Path) -> AdapterTensors:
     for key, tensor in raw.items():
         written, name = parts[key]
         path = paths[written]
+        if name in (ROWS, WHOLE):
+            {ROWS: found.tokens.rows, WHOLE: found.tokens.whole}[name][path] = tensor
+            continue
         group, entry = (matrices[name], path) if name in matrices else (found.saved.setdefault(path, {}), name)
         if entry in group:
             raise FormatError(f"{weights_file} holds more than one adapter: two times {name} of {path}")
@@ -216,9 +241,15 @@ def _read_tensors(weights_file: Path) -> dict[str, torch.Tensor]:
     return load_pickle(weights_file)
 
 
+def _is_written_twice(key: str, keys: Iterable[str]) -> bool:
+    """Say whether PEFT wrote a tensor only because the vocabulary was made larger: base, or copy of another."""
+    plain = _ALONG_KEY.sub(r"\1.", key)
+    return plain != key and plain in keys
+
+
 def _split_key(key: str) -> tuple[str, str]:
     """Return the path of the layer, and `lora_A`, `lora_B` or the name of a parameter trained whole."""
-    match = _LORA_KEY.fullmatch(key) or _SAVED_KEY.fullmatch(key)
+    match = _LORA_KEY.fullmatch(key) or TOKENS_KEY.fullmatch(key) or _SAVED_KEY.fullmatch(key)
     if match:
         return match["path"], match["name"]
     path, _, parameter = key.rpartition(".")
@@ -261,17 +292,20 @@ def _check_shapes(model: nn.Module, tensors: AdapterTensors, weights_file: Path)
                 f"{layer.out_features} x {layer.in_features})"
             )
     for path, parameters in tensors.saved.items():
-        wrong += _wrong_parameters(model.get_submodule(path), path, parameters)
+        wrong += _wrong_parameters(model, path, parameters)
     if wrong:
         raise FormatError(f"{weights_file} is for another model: {'; '.join(wrong[:SHOWN_NAMES])}")
 
 
-def _wrong_parameters(module: nn.Module, path: str, parameters: Mapping[str, torch.Tensor]) -> list[str]:
-    if isinstance(module, SavedModule):
-        module = module.original
+def _wrong_parameters(model: nn.Module, path: str, parameters: Mapping[str, torch.Tensor]) -> list[str]:
+    module = model.get_submodule(path)
     expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     if isinstance(module, Linear4bit):
         expected["weight"] = (module.out_features, module.in_features)
+    words = find_vocabulary(model)
+    if words is not None and path in words.paths and "weight" in parameters:
+        # Embedding and head may have become larger, by the rows of new tokens.
+        expected["weight"] = (max(words.size, parameters["weight"].shape[0]), *expected["weight"][1:])
     wrong = [
         f"{path}.{name} {list(tensor.shape)} for {list(expected.get(name, ()))}"
         for name, tensor in parameters.items()
@@ -285,7 +319,7 @@ def _check_effect(tensors: AdapterTensors, weights_file: Path) -> None:
         if not torch.isfinite(matrix).all():
             raise FormatError(f"{weights_file} is damaged: the adapter of {path} holds values that are not finite")
     has_update = any(bool(tensors.lora_B[path].any()) and bool(lora_A.any()) for path, lora_A in tensors.lora_A.items())
-    if not has_update and not tensors.saved:
+    if not has_update and not tensors.saved and not tensors.tokens.rows:
         raise FormatError(f"{weights_file} would have no effect: all its lora_B are zero, as before any training")
 
 
@@ -336,6 +370,7 @@ def _copy_into(model: nn.Module, adapter: Adapter) -> None:
     for path, module in iter_saved(model):
         for name, parameter in module.trained.named_parameters():
             parameter.copy_(tensors.saved[path][name])
+    copy_rows_(model, adapter.rows)
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -17,6 +17,11 @@ from halfbyte.nn.lora import LoraLinear
 from halfbyte.nn.saved_module import SavedModule
 from halfbyte.nn.spec import LoraSpec
 from halfbyte.nn.targets import find_saved, find_targets
+from halfbyte.nn.token_rows import RowsEmbedding, RowsHead, TokenRows
+from halfbyte.nn.vocabulary import attach_token_rows, find_token_rows, iter_token_rows
+
+ADAPTER_MODULES = (LoraLinear, SavedModule, RowsEmbedding, RowsHead)
+"""What stands in the place of a module that is trained; `unwrap` gives that back."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +32,8 @@ class AdapterReport:
     """Rank of each adapter by the path of its layer."""
     saved_modules: tuple[str, ...]
     """Paths of the modules trained whole."""
+    num_tokens: int
+    """Tokens whose rows of embedding and head are trained."""
     trainable_parameters: int
     total_parameters: int
     """All elements of all weights, a 4-bit weight counted by its elements and not by its bytes."""
@@ -43,7 +50,8 @@ class AdapterReport:
         ]
         rank_text = f" of rank {ranks.pop()}" if len(ranks) == 1 else ""
         saved = f"; trained whole: {', '.join(self.saved_modules)}" if self.saved_modules else ""
-        text = f"{self.num_modules} adapters{rank_text}: {', '.join(parts)}{saved}"
+        tokens = f"; rows of {self.num_tokens} tokens" if self.num_tokens else ""
+        text = f"{self.num_modules} adapters{rank_text}: {', '.join(parts)}{saved}{tokens}"
         if self.trainable_parameters:
             share = 100 * self.trainable_parameters / self.total_parameters
             text += (
@@ -58,9 +66,10 @@ def attach_adapters(model: nn.Module, spec: LoraSpec) -> AdapterReport:
     Raises:
         ConfigError: `spec` matches nothing, or something that cannot be adapted; the model is left as it was.
     """
-    if any(isinstance(module, (LoraLinear, SavedModule)) for module in model.modules()):
+    if any(isinstance(module, ADAPTER_MODULES) for module in model.modules()):
         raise ConfigError("the model has adapters already; load the base model anew to attach others")
     targets, saved = find_targets(model, spec), find_saved(model, spec)
+    find_token_rows(model, spec)
     workspace = workspace_of(model)
     model.requires_grad_(False)
     for target in targets:
@@ -72,6 +81,7 @@ def attach_adapters(model: nn.Module, spec: LoraSpec) -> AdapterReport:
         if spec.seed is not None:
             layer.reset_adapter(_seed_of(spec.seed, target.path))
         replace_module(model, target.path, layer)
+    attach_token_rows(model, spec)
     for path in saved:
         replace_module(model, path, SavedModule.from_module(model.get_submodule(path)))
     return report_adapters(model)
@@ -83,6 +93,7 @@ def report_adapters(model: nn.Module) -> AdapterReport:
     return AdapterReport(
         modules={path: layer.rank for path, layer in iter_lora(model)},
         saved_modules=tuple(path for path, _ in iter_saved(model)),
+        num_tokens=len({number for _, module in iter_token_rows(model) for number in module.table.token_ids}),
         trainable_parameters=trainable,
         total_parameters=total,
     )
@@ -113,7 +124,7 @@ def iter_trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 @contextlib.contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Make the model behave as its base inside the `with` block."""
-    wrappers = [m for m in model.modules() if isinstance(m, (LoraLinear, SavedModule))]
+    wrappers = [m for m in model.modules() if isinstance(m, (LoraLinear, SavedModule, TokenRows))]
     before = [wrapper.adapter_enabled for wrapper in wrappers]
     for wrapper in wrappers:
         wrapper.adapter_enabled = False
