@@ -21,11 +21,11 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -37,46 +37,30 @@ from halfbyte.models.adapter_config import (
     read_adapter_config,
     spec_from_adapter_config,
 )
-from halfbyte.models.adapter_tokens import (
-    ROWS,
-    TOKENS_KEY,
-    WHOLE,
-    KnownRows,
-    TokenTensors,
-    copy_rows_,
-    rows_key,
-    settle_tokens,
+from halfbyte.models.adapter_tensors import (
+    PREFIX,
+    SHOWN_NAMES,
+    AdapterTensors,
+    check_effect,
+    check_shapes,
+    read_adapter_tensors,
 )
-from halfbyte.models.pickle_file import load_pickle
-from halfbyte.models.safetensors_file import load_header
-from halfbyte.nn import AdapterReport, Linear4bit, LoraLinear, LoraSpec, attach_adapters, iter_lora
+from halfbyte.models.adapter_tokens import KnownRows, copy_rows_, rows_key, settle_tokens
+from halfbyte.nn import AdapterReport, LoraSpec, attach_adapters, iter_lora
+from halfbyte.nn.adapter_shelf import (
+    DEFAULT_NAME,
+    active_adapter,
+    adapter_names,
+    name_adapter,
+    set_adapter,
+    take_off_adapter,
+)
 from halfbyte.nn.attach import iter_saved, report_adapters
 from halfbyte.nn.targets import find_saved, find_targets
-from halfbyte.nn.vocabulary import find_vocabulary, iter_token_rows
+from halfbyte.nn.vocabulary import iter_token_rows
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
-PREFIX = "base_model.model."
-SHOWN_NAMES = 3
-_LORA_KEY = re.compile(r"(?P<path>.+)\.(?P<name>lora_[AB])(\.[^.]+)?\.weight")
-_SAVED_KEY = re.compile(r"(?P<path>.+)\.modules_to_save\.[^.]+\.(?P<name>[^.]+)")
-_ALONG_KEY = re.compile(r"^(.+)\.(?:original_module|modules_to_save)\.(?=[^.]+$)")
-_UNSUPPORTED_KEYS = {
-    "lora_magnitude_vector": "DoRA",
-    "lora_embedding_": "adapters of embeddings",
-    "lora_B.bias": "biases of adapters",
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class AdapterTensors:
-    """The tensors of an adapter file by what they are, under paths of the model."""
-
-    lora_A: dict[str, torch.Tensor]
-    lora_B: dict[str, torch.Tensor]
-    saved: dict[str, dict[str, torch.Tensor]]
-    """Parameters of modules trained whole, by path and name."""
-    tokens: TokenTensors = dataclasses.field(default_factory=TokenTensors)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,11 +113,15 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     return {key: t.detach().to("cpu", torch.float32).contiguous() for key, t in sorted(tensors.items())}
 
 
-def load_adapter(model: PreTrainedModel, path: Path | str, *, trainable: bool = False) -> AdapterReport:
+def load_adapter(
+    model: PreTrainedModel, path: Path | str, *, name: str = DEFAULT_NAME, trainable: bool = False
+) -> AdapterReport:
     """Put a saved adapter on a model.
 
     Args:
-        model: The base, without adapters.
+        model: The base. Where it has adapters already, the new one is put beside them, and the one in use stays in
+            use until `set_adapter`.
+        name: What the adapter is called from then on.
         path: The adapter's folder, or its weights file; a pickle is read only where the file itself is named.
         trainable: Whether training goes on; otherwise everything is frozen.
 
@@ -142,13 +130,27 @@ def load_adapter(model: PreTrainedModel, path: Path | str, *, trainable: bool = 
 
     Raises:
         FormatError: The adapter is damaged, is for another model, or would have no effect.
-        ConfigError: The model has adapters already.
+        ConfigError: The model has an adapter of that name already.
     """
-    if next(iter_lora(model), None) or next(iter_saved(model), None):
-        raise ConfigError("the model has adapters already; load the base model anew to put others on it")
-    adapter = open_adapter(model, path)
-    attach_adapters(model, adapter.spec)
-    _copy_into(model, adapter)
+    if name in adapter_names(model):
+        raise ConfigError(f"the model has adapters already, one of them named {name!r}; give another name")
+    in_use, training = active_adapter(model), model.training
+    take_off_adapter(model)
+    try:
+        adapter = open_adapter(model, path)
+        attach_adapters(model, adapter.spec)
+        _copy_into(model, adapter)
+        name_adapter(model, name, adapter.spec)
+        report = _settle_adapter(model, trainable=trainable)
+    finally:
+        if in_use is not None:
+            set_adapter(model, in_use)
+            model.train(training)
+    return report
+
+
+def _settle_adapter(model: PreTrainedModel, *, trainable: bool) -> AdapterReport:
+    """Make the adapter in use one to train or one to use, and say what it is."""
     for _, layer in iter_lora(model):
         layer.lora_A.requires_grad_(trainable)
         layer.lora_B.requires_grad_(trainable)
@@ -169,10 +171,10 @@ def open_adapter(model: nn.Module, path: Path | str) -> Adapter:
     """
     weights_file = find_adapter_weights(Path(path))
     spec = spec_from_adapter_config(read_adapter_config(weights_file))
-    tensors = _read_adapter(model, weights_file)
+    tensors = read_adapter_tensors(model, weights_file)
     spec, rows = settle_tokens(model, spec, tensors.tokens, tensors.saved, weights_file)
-    _check_shapes(model, tensors, weights_file)
-    _check_effect(tensors, weights_file)
+    check_shapes(model, tensors, weights_file)
+    check_effect(tensors, weights_file)
     known = _known_part(model, spec, tensors, weights_file)
     alphas = {target.path: target.alpha for target in find_targets(model, known)} if tensors.lora_A else {}
     return Adapter(spec=known, tensors=tensors, alphas=alphas, rows=rows)
@@ -198,129 +200,6 @@ def find_adapter_weights(path: Path) -> Path:
     if path.name == PICKLE_FILE and path.with_name(WEIGHTS_FILE).exists():
         return path.with_name(WEIGHTS_FILE)
     raise FormatError(f"adapter {path}: no such file or folder")
-
-
-def _read_adapter(model: nn.Module, weights_file: Path) -> AdapterTensors:
-    """Read an adapter's tensors, under paths of `model`.
-
-    Raises:
-        FormatError: The file is damaged, a tensor is of an unknown kind, or belongs to no layer of the model.
-    """
-    raw = _read_tensors(weights_file)
-    raw = {key: tensor for key, tensor in raw.items() if not _is_written_twice(key, raw)}
-    if not raw:
-        raise FormatError(f"{weights_file} holds no tensors")
-    for key in raw:
-        for mark, what in _UNSUPPORTED_KEYS.items():
-            if mark in key:
-                raise FormatError(f"{weights_file}: {key} belongs to {what}, which are not supported")
-    parts = {key: _split_key(key) for key in raw}
-    paths = _paths_in_model(model, {path for path, _ in parts.values()}, weights_file)
-    found = AdapterTensors(lora_A={}, lora_B={}, saved={})
-    matrices = {"lora_A": found.lora_A, "lora_B": found.lora_B}
-    for key, tensor in raw.items():
-        written, name = parts[key]
-        path = paths[written]
-        if name in (ROWS, WHOLE):
-            {ROWS: found.tokens.rows, WHOLE: found.tokens.whole}[name][path] = tensor
-            continue
-        group, entry = (matrices[name], path) if name in matrices else (found.saved.setdefault(path, {}), name)
-        if entry in group:
-            raise FormatError(f"{weights_file} holds more than one adapter: two times {name} of {path}")
-        group[entry] = tensor
-    return found
-
-
-def _read_tensors(weights_file: Path) -> dict[str, torch.Tensor]:
-    with open(weights_file, "rb") as file:
-        start = file.read(9)
-    # Whatever its name: a safetensors header is an object, a pickle or its zip container is not.
-    if weights_file.suffix == ".safetensors" or start[8:9] == b"{":
-        load_header(weights_file)
-        return load_file(weights_file)
-    return load_pickle(weights_file)
-
-
-def _is_written_twice(key: str, keys: Iterable[str]) -> bool:
-    """Say whether PEFT wrote a tensor only because the vocabulary was made larger: base, or copy of another."""
-    plain = _ALONG_KEY.sub(r"\1.", key)
-    return plain != key and plain in keys
-
-
-def _split_key(key: str) -> tuple[str, str]:
-    """Return the path of the layer, and `lora_A`, `lora_B` or the name of a parameter trained whole."""
-    match = _LORA_KEY.fullmatch(key) or TOKENS_KEY.fullmatch(key) or _SAVED_KEY.fullmatch(key)
-    if match:
-        return match["path"], match["name"]
-    path, _, parameter = key.rpartition(".")
-    return path, parameter
-
-
-def _paths_in_model(model: nn.Module, written: set[str], weights_file: Path) -> dict[str, str]:
-    """Return the model's path for each written one, by the first way of reading prefixes under which all are there."""
-    modules = {path for path, _ in model.named_modules()}
-    plain = {path: path.removeprefix(PREFIX) for path in written}
-    ways = [
-        plain,
-        {path: inner.removeprefix("model.") for path, inner in plain.items()},
-        {path: inner.removeprefix(PREFIX) for path, inner in plain.items()},
-        {path: f"model.{inner}" for path, inner in plain.items()},
-    ]
-    for way in ways:
-        if modules.issuperset(way.values()):
-            return way
-    unknown = sorted(inner for inner in plain.values() if inner not in modules)
-    raise FormatError(
-        f"{weights_file} is for another model: {len(unknown)} of its {len(plain)} layers are not in "
-        f"{type(model).__name__}, such as {', '.join(unknown[:SHOWN_NAMES])}"
-    )
-
-
-def _check_shapes(model: nn.Module, tensors: AdapterTensors, weights_file: Path) -> None:
-    wrong = []
-    for path in sorted(tensors.lora_A.keys() | tensors.lora_B.keys()):
-        if path not in tensors.lora_A or path not in tensors.lora_B:
-            raise FormatError(f"{weights_file} is incomplete: {path} has only one of lora_A and lora_B")
-        layer = model.get_submodule(path)
-        if not isinstance(layer, (nn.Linear, Linear4bit, LoraLinear)):
-            raise FormatError(f"{weights_file}: {path} is a {type(layer).__name__}; only linear layers have adapters")
-        lora_A, lora_B = tensors.lora_A[path], tensors.lora_B[path]
-        rank = lora_A.shape[0]
-        if lora_A.shape != (rank, layer.in_features) or lora_B.shape != (layer.out_features, rank):
-            wrong.append(
-                f"{path} (lora_A {list(lora_A.shape)}, lora_B {list(lora_B.shape)} for a layer of "
-                f"{layer.out_features} x {layer.in_features})"
-            )
-    for path, parameters in tensors.saved.items():
-        wrong += _wrong_parameters(model, path, parameters)
-    if wrong:
-        raise FormatError(f"{weights_file} is for another model: {'; '.join(wrong[:SHOWN_NAMES])}")
-
-
-def _wrong_parameters(model: nn.Module, path: str, parameters: Mapping[str, torch.Tensor]) -> list[str]:
-    module = model.get_submodule(path)
-    expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    if isinstance(module, Linear4bit):
-        expected["weight"] = (module.out_features, module.in_features)
-    words = find_vocabulary(model)
-    if words is not None and path in words.paths and "weight" in parameters:
-        # Embedding and head may have become larger, by the rows of new tokens.
-        expected["weight"] = (max(words.size, parameters["weight"].shape[0]), *expected["weight"][1:])
-    wrong = [
-        f"{path}.{name} {list(tensor.shape)} for {list(expected.get(name, ()))}"
-        for name, tensor in parameters.items()
-        if expected.get(name) != tuple(tensor.shape)
-    ]
-    return wrong + [f"{path}.{name} is missing" for name in expected.keys() - parameters.keys()]
-
-
-def _check_effect(tensors: AdapterTensors, weights_file: Path) -> None:
-    for path, matrix in (*tensors.lora_A.items(), *tensors.lora_B.items()):
-        if not torch.isfinite(matrix).all():
-            raise FormatError(f"{weights_file} is damaged: the adapter of {path} holds values that are not finite")
-    has_update = any(bool(tensors.lora_B[path].any()) and bool(lora_A.any()) for path, lora_A in tensors.lora_A.items())
-    if not has_update and not tensors.saved and not tensors.tokens.rows:
-        raise FormatError(f"{weights_file} would have no effect: all its lora_B are zero, as before any training")
 
 
 def _known_part(model: nn.Module, spec: LoraSpec, tensors: AdapterTensors, weights_file: Path) -> LoraSpec:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from halfbyte.nn.adapter_shelf import adapter_changes
 from halfbyte.nn.lora import LoraLinear
 from halfbyte.nn.token_rows import TokenRows, frozen_original
 from halfbyte.nn.vocabulary import unwrapped
@@ -27,6 +28,8 @@ def weight_state(model: PreTrainedModel) -> tuple[Any, ...]:
     adapted = [m for m in model.modules() if isinstance(m, LoraLinear)]
     tables = [m for m in model.modules() if isinstance(m, TokenRows)]
     return (
+        # What a deleted adapter had in memory, the next one may have.
+        adapter_changes(model),
         embedding.weight.data_ptr(),
         *((table.adapter_enabled, _identity(table.rows)) for table in tables),
         *((m.adapter_enabled, m.scaling, _identity(m.lora_A), _identity(m.lora_B)) for m in adapted),

@@ -138,6 +138,11 @@ def set_vocabulary_size(model: Any, size: int) -> None:
             owner.vocab_size = size
 
 
+def vocabulary_size(model: Any) -> int:
+    """Return the size of a vocabulary as transformers knows it."""
+    return int(model.config.get_text_config(decoder=True).vocab_size)
+
+
 def _vocabulary_of(model: nn.Module) -> Vocabulary:
     words = find_vocabulary(model)
     if words is None:

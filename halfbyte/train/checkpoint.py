@@ -33,7 +33,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from halfbyte.errors import ConfigError, FormatError
-from halfbyte.models.adapter_files import PREFIX, WEIGHTS_FILE
+from halfbyte.models.adapter_files import WEIGHTS_FILE
+from halfbyte.models.adapter_tensors import PREFIX
 from halfbyte.models.adapter_tokens import rows_key
 from halfbyte.nn import iter_lora
 from halfbyte.nn.attach import iter_saved
