@@ -16,7 +16,17 @@ from halfbyte.errors import ConfigError
 from halfbyte.export import merge_in_place
 from halfbyte.hf.said import refuse_unless_default, say
 from halfbyte.models import load_adapter, read_adapter_config, save_adapter, spec_from_adapter_config
-from halfbyte.nn import AdapterReport, LoraSpec, adapters_disabled, attach_adapters
+from halfbyte.nn import (
+    AdapterReport,
+    LoraSpec,
+    active_adapter,
+    adapters_disabled,
+    attach_adapters,
+    delete_adapter,
+    set_adapter,
+)
+from halfbyte.nn.attach import report_adapters
+from halfbyte.nn.spec import INPUT_EMBEDDING
 
 _ONLY: dict[str, Any] = {
     "bias": "none",
@@ -26,7 +36,6 @@ _ONLY: dict[str, Any] = {
     "init_lora_weights": True,
     "task_type": "CAUSAL_LM",
     "layer_replication": None,
-    "trainable_token_indices": None,
     "target_parameters": None,
 }
 
@@ -60,7 +69,7 @@ class LoraConfig:
     use_dora: bool = False
     lora_bias: bool = False
     layer_replication: list[tuple[int, int]] | None = None
-    trainable_token_indices: list[int] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     target_parameters: list[str] | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -85,6 +94,7 @@ class LoraConfig:
             layers_to_transform=_tuple(self.layers_to_transform),
             layers_pattern=_tuple(self.layers_pattern),
             modules_to_save=_tuple(self.modules_to_save) or (),
+            trainable_tokens=_tokens(self.trainable_token_indices),
         )
 
     @classmethod
@@ -99,6 +109,7 @@ class LoraConfig:
             modules_to_save=list(spec.modules_to_save) or None,
             rank_pattern=dict(spec.rank_pattern),
             alpha_pattern=dict(spec.alpha_pattern),
+            trainable_token_indices={name: list(ids) for name, ids in spec.trainable_tokens.items()} or None,
             base_model_name_or_path=base_model,
         )
 
@@ -118,15 +129,22 @@ class PeftModel(nn.Module):
     Attributes that are not its own are those of the transformers model (`config`, `device`, `generate` ...).
     """
 
-    def __init__(self, model: PreTrainedModel, config: LoraConfig, report: AdapterReport) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: LoraConfig, report: AdapterReport, adapter_name: str = "default"
+    ) -> None:
         super().__init__()
         self.base_model = _LoraModel(model)
-        self.peft_config = {"default": config}
+        self.peft_config = {adapter_name: config}
         self.report = report
 
     @classmethod
     def from_pretrained(
-        cls, model: PreTrainedModel, model_id: str | os.PathLike[str], is_trainable: bool = False, **kwargs: Any
+        cls,
+        model: PreTrainedModel,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        **kwargs: Any,
     ) -> PeftModel:
         """Put a saved adapter on `model`.
 
@@ -136,16 +154,46 @@ class PeftModel(nn.Module):
                 of the two formats it really holds. Where the file of that name is absent and the other is there, that
                 one is read, and said.
             is_trainable: Whether training goes on.
-            **kwargs: `adapter_name="default"` is accepted.
+            adapter_name: What it is called.
+            **kwargs: None others are understood.
         """
-        refuse_unless_default(
-            "PeftModel.from_pretrained", kwargs, {**dict.fromkeys(kwargs), "adapter_name": "default", "config": None}
-        )
+        refuse_unless_default("PeftModel.from_pretrained", kwargs, {**dict.fromkeys(kwargs), "config": None})
         path = _adapter_file(Path(model_id))
         inner = _inner(model)
-        report = load_adapter(inner, path, trainable=is_trainable)
+        report = load_adapter(inner, path, name=adapter_name, trainable=is_trainable)
         say(f"{report.num_modules} modules got their adapter from {path}")
-        return cls(inner, LoraConfig.from_pretrained(path), report)
+        return cls(inner, LoraConfig.from_pretrained(path), report, adapter_name)
+
+    def load_adapter(
+        self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False, **kwargs: Any
+    ) -> None:
+        """Put another saved adapter beside those that there are; `set_adapter` uses it."""
+        refuse_unless_default("PeftModel.load_adapter", kwargs, dict.fromkeys(kwargs))
+        path = _adapter_file(Path(model_id))
+        report = load_adapter(self.get_base_model(), path, name=adapter_name, trainable=is_trainable)
+        self.peft_config[adapter_name] = LoraConfig.from_pretrained(path)
+        say(f"{report.num_modules} modules got the adapter {adapter_name!r} from {path}")
+
+    def set_adapter(self, adapter_name: str) -> None:
+        """Use another of the adapters."""
+        set_adapter(self.get_base_model(), adapter_name)
+        self.report = report_adapters(self.get_base_model())
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter; where it was in use, the first of the others is from then on."""
+        delete_adapter(self.get_base_model(), adapter_name)
+        del self.peft_config[adapter_name]
+        self.report = report_adapters(self.get_base_model())
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The name of the adapter in use."""
+        return active_adapter(self.get_base_model())
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The same as a list, of one at most: adapters are not added up."""
+        return [name for name in (self.active_adapter,) if name is not None]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model(*args, **kwargs)
@@ -182,13 +230,23 @@ class PeftModel(nn.Module):
             yield
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write adapter_config.json and adapter_model.safetensors."""
+        """Write adapter_config.json and adapter_model.safetensors; of adapters with other names in folders below.
+
+        Args:
+            save_directory: Where to.
+            **kwargs: `selected_adapters`, a list of names, is understood.
+        """
+        selected = kwargs.pop("selected_adapters", None) or list(self.peft_config)
         refuse_unless_default(
             "PeftModel.save_pretrained", kwargs, {**dict.fromkeys(kwargs), "safe_serialization": True}
         )
-        model, config = self.base_model.model, self.peft_config["default"]
-        base = config.base_model_name_or_path or model.config._name_or_path
-        save_adapter(model, Path(save_directory), base_model=base, spec=config.spec)
+        model, in_use = self.base_model.model, self.active_adapter
+        for name in selected:
+            set_adapter(model, name)
+            config, folder = self.peft_config[name], Path(save_directory)
+            base = config.base_model_name_or_path or model.config._name_or_path
+            save_adapter(model, folder if name == "default" else folder / name, base_model=base, spec=config.spec)
+        set_adapter(model, in_use)
 
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, **kwargs: Any) -> PreTrainedModel:
         """Give a plain 16-bit model with the adapter added to the dequantised weights.
@@ -281,6 +339,11 @@ def _adapter_file(path: Path) -> Path:
 
 def _names(targets: list[str] | tuple[str, ...] | set[str] | str | None) -> str | tuple[str, ...] | None:
     return targets if targets is None or isinstance(targets, str) else tuple(sorted(targets))
+
+
+def _tokens(indices: list[int] | dict[str, list[int]] | None) -> dict[str, tuple[int, ...]]:
+    by_name = indices if isinstance(indices, dict) else {INPUT_EMBEDDING: indices}
+    return {name: tuple(ids) for name, ids in by_name.items() if ids}
 
 
 def _tuple(value: Any) -> Any:
