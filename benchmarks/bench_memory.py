@@ -16,6 +16,7 @@ import gc
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class Case:
     model: str
     cap_gib: float
     streamed_blocks: int
+    spill_folder: Path | None = None
     checkpointing: str = "offload"
     batch: int = 4
     seq: int = 1024
@@ -70,7 +72,9 @@ def measure(case: Case, device: torch.device) -> dict[str, object]:
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(case.cap_gib * 2**30 / total)
     started = time.perf_counter()
-    model = build_random_4bit(MODELS[case.model], device, streamed_blocks=case.streamed_blocks)
+    model = build_random_4bit(
+        MODELS[case.model], device, streamed_blocks=case.streamed_blocks, spill_folder=case.spill_folder
+    )
     build_s = time.perf_counter() - started
     setting = Setting(
         batch=case.batch,
@@ -84,6 +88,7 @@ def measure(case: Case, device: torch.device) -> dict[str, object]:
             "model": f"{case.model} shape",
             "cap_GiB": case.cap_gib,
             "streamed_blocks": case.streamed_blocks,
+            "in_files": case.spill_folder is not None,
             "blocks": model.config.num_hidden_layers,
             "build_s": round(build_s, 1),
             **measure_speed(model, setting),
@@ -98,6 +103,7 @@ def main() -> None:
     parser.add_argument("--model", choices=tuple(MODELS), required=True)
     parser.add_argument("--cap", type=float, required=True, help="GiB of device memory")
     parser.add_argument("--streamed", type=int, default=0, help="blocks whose weights live in host memory")
+    parser.add_argument("--spill", type=Path, help="folder on whose disk they lie in files instead")
     parser.add_argument("--ckpt", choices=tuple(CHECKPOINTING), default="offload")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=1024)
@@ -107,6 +113,7 @@ def main() -> None:
         model=options.model,
         cap_gib=options.cap,
         streamed_blocks=options.streamed,
+        spill_folder=options.spill,
         checkpointing=options.ckpt,
         batch=options.batch,
         seq=options.seq,

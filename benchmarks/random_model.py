@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -20,18 +22,23 @@ BLOCK_SIZE, ABSMAX_GROUP = 64, 256
 WEIGHT_STD = 0.02
 
 
-def build_random_4bit(config: PreTrainedConfig, device: torch.device, *, streamed_blocks: int = 0) -> PreTrainedModel:
+def build_random_4bit(
+    config: PreTrainedConfig, device: torch.device, *, streamed_blocks: int = 0, spill_folder: Path | None = None
+) -> PreTrainedModel:
     """Return a model whose 4-bit codes and scales are drawn at random.
 
     Args:
         config: Of the model.
         device: Where it computes.
         streamed_blocks: How many blocks' weights live in host memory.
+        spill_folder: Where those lie in files instead.
     """
     dtype = default_compute_dtype(device)
     model = build_meta_model(config, dtype=dtype, attn_implementation=PACKED_ATTENTION)
     paths = quantizable_layers(model, config)
-    slabs = SlabFiller(model, targets=paths, count=streamed_blocks, device=device) if streamed_blocks else None
+    slabs = None
+    if streamed_blocks:
+        slabs = SlabFiller(model, targets=paths, count=streamed_blocks, device=device, spill_folder=spill_folder)
     weights: dict[str, QuantizedTensor] = {}
 
     def siblings(block: str) -> int:
