@@ -259,6 +259,8 @@ def why_not_fused(layer: nn.Module) -> str | None:
 
 def _why_projections_do_not_fit(projections: tuple[nn.Module, ...]) -> str | None:
     for projection in projections:
+        if isinstance(projection, LoraLinear) and projection.rounding is not None:
+            return "weights and adapters are rounded to 4 bits together"
         if not isinstance(projection, (LoraLinear, Linear4bit, nn.Linear)):
             return f"a projection is a {type(projection).__name__}"
         if any(p.requires_grad for n, p in projection.named_parameters() if n not in ("lora_A", "lora_B")):

@@ -19,7 +19,9 @@ from torch import nn
 from halfbyte.nn.expanded import ExpandedWeight
 from halfbyte.nn.linear import Linear4bit
 from halfbyte.ops.lora_linear import LoraOptions, lora_linear
+from halfbyte.ops.lora_rounded import Rounding, lora_rounded
 from halfbyte.ops.workspace import Workspace
+from halfbyte.quant.tensor import QuantSpec
 
 
 class LoraLinear(nn.Module):
@@ -42,6 +44,8 @@ class LoraLinear(nn.Module):
         self.adapter_enabled = True
         self.workspace = workspace or (base.workspace if isinstance(base, Linear4bit) else Workspace())
         self.expanded: ExpandedWeight | None = None
+        self.rounding: QuantSpec | None = None
+        """Where set, base and adapter are multiplied as they are once both are put into 4 bits together."""
         self._options = LoraOptions(scaling=self.scaling)
         self._training_options = LoraOptions(scaling=self.scaling, dropout=dropout)
         device = base.compute_device if isinstance(base, Linear4bit) else base.weight.device
@@ -113,12 +117,21 @@ class LoraLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.expanded is not None and not (self.training and self.dropout) and self.expanded.is_usable(x):
             return self.expanded.multiply(x, with_adapter=self.adapter_enabled)
+        if self.rounding is not None:
+            return self._rounded(x, self.rounding)
         if not self.adapter_enabled:
             return self.base(x)
         weight = self.base.home if isinstance(self.base, Linear4bit) else self.base.weight
         options = self._training_options if self.training else self._options
         return lora_linear(
             x, weight, self.base.bias, self.lora_A, self.lora_B, options=options, workspace=self.workspace
+        )
+
+    def _rounded(self, x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+        rounding = Rounding(scaling=self.scaling if self.adapter_enabled else 0.0, spec=spec)
+        weight = self.base.weight
+        return lora_rounded(
+            x, weight, self.base.bias, self.lora_A, self.lora_B, rounding=rounding, workspace=self.workspace
         )
 
     def extra_repr(self) -> str:
