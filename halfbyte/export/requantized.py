@@ -22,6 +22,7 @@ from halfbyte.models.describe import load_config
 from halfbyte.models.run_folder import load_run_multiple
 from halfbyte.models.source import ModelSource
 from halfbyte.models.vocabulary import padded_vocabulary, resize_vocabulary_
+from halfbyte.models.weight_splits import stored_splits
 from halfbyte.nn import Linear4bit
 from halfbyte.quant import QuantSpec
 from halfbyte.quant.bnb_format import config_entry
@@ -86,10 +87,11 @@ def _load_merged(
 ) -> tuple[PreTrainedModel, torch.dtype]:
     """Return a model of plain layers in the compute dtype, and the 16-bit dtype it is written in."""
     quant = trained_on if adapter is not None else None
-    loaded = load_model(source, quant=quant, device=device, allow_16bit_experts=allow_16bit_experts)
+    splits = stored_splits(adapter, quant)
+    loaded = load_model(source, quant=quant, device=device, allow_16bit_experts=allow_16bit_experts, splits=splits)
     computing = loaded.report.compute_dtype
     if adapter is not None:
-        load_adapter(loaded.model, adapter)
+        load_adapter(loaded.model, adapter, splits=loaded.splits)
     model = merge_in_place(loaded.model, dtype=computing)
     words, base_words = model.config.vocab_size, load_config(source).vocab_size
     if adapter is not None and words > base_words:

@@ -14,16 +14,14 @@ from transformers import PreTrainedModel
 
 from halfbyte.errors import ConfigError
 from halfbyte.export import merge_in_place
+from halfbyte.hf.peft_class import AdaptedModel
 from halfbyte.hf.said import refuse_unless_default, say
 from halfbyte.models import load_adapter, read_adapter_config, save_adapter, spec_from_adapter_config
 from halfbyte.nn import (
     AdapterReport,
     LoraSpec,
-    active_adapter,
     adapters_disabled,
     attach_adapters,
-    delete_adapter,
-    set_adapter,
 )
 from halfbyte.nn.attach import report_adapters
 from halfbyte.nn.spec import INPUT_EMBEDDING
@@ -31,7 +29,6 @@ from halfbyte.nn.spec import INPUT_EMBEDDING
 _ONLY: dict[str, Any] = {
     "bias": "none",
     "fan_in_fan_out": False,
-    "use_dora": False,
     "lora_bias": False,
     "init_lora_weights": True,
     "task_type": "CAUSAL_LM",
@@ -64,7 +61,7 @@ class LoraConfig:
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     fan_in_fan_out: bool = False
-    init_lora_weights: bool = True
+    init_lora_weights: bool | str = True
     inference_mode: bool = False
     use_dora: bool = False
     lora_bias: bool = False
@@ -75,6 +72,11 @@ class LoraConfig:
     revision: str | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.init_lora_weights, str):
+            raise ConfigError(
+                f"LoraConfig: init_lora_weights={self.init_lora_weights!r} looks at the weights, which are in 4 bits "
+                "already when adapters are attached to a model; use `halfbyte train --lora.init=...` for that"
+            )
         values = {name: getattr(self, name) for name in _ONLY}
         values["task_type"] = getattr(self.task_type, "value", self.task_type)
         refuse_unless_default("LoraConfig", values, _ONLY)
@@ -87,6 +89,7 @@ class LoraConfig:
             alpha=self.lora_alpha,
             dropout=self.lora_dropout,
             rslora=self.use_rslora,
+            dora=self.use_dora,
             targets=_names(self.target_modules) or "all-linear",
             exclude=_tuple(self.exclude_modules) or (),
             rank_pattern=dict(self.rank_pattern or {}),
@@ -106,6 +109,7 @@ class LoraConfig:
             lora_alpha=spec.alpha,
             lora_dropout=spec.dropout,
             use_rslora=spec.rslora,
+            use_dora=spec.dora,
             modules_to_save=list(spec.modules_to_save) or None,
             rank_pattern=dict(spec.rank_pattern),
             alpha_pattern=dict(spec.alpha_pattern),
@@ -123,18 +127,17 @@ class LoraConfig:
 PeftConfig = LoraConfig
 
 
-class PeftModel(nn.Module):
+class PeftModel(AdaptedModel):
     """A causal language model with adapters; `base_model.model` is the transformers model itself.
 
-    Attributes that are not its own are those of the transformers model (`config`, `device`, `generate` ...).
+    Attributes that are not its own are those of the transformers model (`config`, `device`, `generate` ...). Other
+    trainers than ours take it as they take PEFT's own, see `halfbyte.hf.peft_class`.
     """
 
     def __init__(
         self, model: PreTrainedModel, config: LoraConfig, report: AdapterReport, adapter_name: str = "default"
     ) -> None:
-        super().__init__()
-        self.base_model = _LoraModel(model)
-        self.peft_config = {adapter_name: config}
+        AdaptedModel.__init__(self, _LoraModel(model), config, adapter_name)
         self.report = report
 
     @classmethod
@@ -165,53 +168,45 @@ class PeftModel(nn.Module):
         return cls(inner, LoraConfig.from_pretrained(path), report, adapter_name)
 
     def load_adapter(
-        self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False, **kwargs: Any
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        **kwargs: Any,
     ) -> None:
-        """Put another saved adapter beside those that there are; `set_adapter` uses it."""
+        """Put another saved adapter beside those that there are; `set_adapter` uses it.
+
+        Under the name of the adapter in use its values are taken, of the same layers and ranks, as a resumed run does.
+
+        Raises:
+            ConfigError: The name is that of another adapter, or an argument cannot be honoured.
+            FormatError: The file is damaged, or is an adapter of other layers.
+        """
+        if adapter_name == self.active_adapter:
+            super().load_adapter(model_id, adapter_name, **kwargs)
+            return
         refuse_unless_default("PeftModel.load_adapter", kwargs, dict.fromkeys(kwargs))
         path = _adapter_file(Path(model_id))
         report = load_adapter(self.get_base_model(), path, name=adapter_name, trainable=is_trainable)
         self.peft_config[adapter_name] = LoraConfig.from_pretrained(path)
         say(f"{report.num_modules} modules got the adapter {adapter_name!r} from {path}")
 
-    def set_adapter(self, adapter_name: str) -> None:
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Use another of the adapters."""
-        set_adapter(self.get_base_model(), adapter_name)
+        super().set_adapter(adapter_name)
         self.report = report_adapters(self.get_base_model())
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter; where it was in use, the first of the others is from then on."""
-        delete_adapter(self.get_base_model(), adapter_name)
-        del self.peft_config[adapter_name]
+        super().delete_adapter(adapter_name)
         self.report = report_adapters(self.get_base_model())
-
-    @property
-    def active_adapter(self) -> str | None:
-        """The name of the adapter in use."""
-        return active_adapter(self.get_base_model())
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The same as a list, of one at most: adapters are not added up."""
-        return [name for name in (self.active_adapter,) if name is not None]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model(*args, **kwargs)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":
-                raise
-            return getattr(self.base_model.model, name)
-
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' generate with the adapter applied, unmerged."""
         return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
-
-    def get_base_model(self) -> PreTrainedModel:
-        return self.base_model.model
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         return self.report.trainable_parameters, self.report.total_parameters
@@ -233,20 +228,22 @@ class PeftModel(nn.Module):
         """Write adapter_config.json and adapter_model.safetensors; of adapters with other names in folders below.
 
         Args:
-            save_directory: Where to.
-            **kwargs: `selected_adapters`, a list of names, is understood.
+            save_directory: Made where it is missing.
+            **kwargs: PEFT's and transformers' arguments, where they ask for just this. `selected_adapters` names some
+                of several, `state_dict` is not needed.
         """
-        selected = kwargs.pop("selected_adapters", None) or list(self.peft_config)
-        refuse_unless_default(
-            "PeftModel.save_pretrained", kwargs, {**dict.fromkeys(kwargs), "safe_serialization": True}
-        )
+        selected = kwargs.pop("selected_adapters", None) or self.own_adapters
+        only = {"safe_serialization": True, "is_main_process": True, "save_embedding_layers": "auto"}
+        refuse_unless_default("PeftModel.save_pretrained", kwargs, {**dict.fromkeys(kwargs), **only})
         model, in_use = self.base_model.model, self.active_adapter
-        for name in selected:
-            set_adapter(model, name)
-            config, folder = self.peft_config[name], Path(save_directory)
-            base = config.base_model_name_or_path or model.config._name_or_path
-            save_adapter(model, folder if name == "default" else folder / name, base_model=base, spec=config.spec)
-        set_adapter(model, in_use)
+        try:
+            for name in selected:
+                self.set_adapter(name)
+                config, folder = self.peft_config[name], Path(save_directory)
+                base = config.base_model_name_or_path or model.config._name_or_path
+                save_adapter(model, folder if name == "default" else folder / name, base_model=base, spec=config.spec)
+        finally:
+            self.set_adapter(in_use)
 
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, **kwargs: Any) -> PreTrainedModel:
         """Give a plain 16-bit model with the adapter added to the dequantised weights.

@@ -184,7 +184,7 @@ def _with_adapters(model: str | PreTrainedModel | PeftModel, peft_config: Any) -
 
 
 def _active_config(model: PeftModel) -> LoraConfig:
-    return model.peft_config[model.active_adapter or "default"]
+    return model.peft_config[model.active_adapter]
 
 
 class _ExampleBuilder:

@@ -4,11 +4,12 @@
     adapter_model.safetensors      fp32, metadata {"format": "pt"}:
         base_model.model.<path>.lora_A.weight     (rank, in)
         base_model.model.<path>.lora_B.weight     (out, rank)
+        base_model.model.<path>.lora_magnitude_vector   (out,), with DoRA
         base_model.model.<path>.<parameter>       of a module trained whole
         base_model.model.<path>.token_adapter...  rows of single tokens, see `adapter_tokens`
 
 Loading is strict. Every tensor must belong to a layer of the model, every layer that the configuration means must have
-its two tensors, shapes must fit, and an adapter that changes nothing is an error: each of these, passed over in
+its tensors, shapes must fit, and an adapter that changes nothing is an error: each of these, passed over in
 silence, is an afternoon spent on a fine-tune that seems not to have worked.
 
 Keys of other writers are recognised where what they mean is certain: an adapter's name in the middle (`.default.`),
@@ -21,7 +22,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -38,9 +39,12 @@ from halfbyte.models.adapter_config import (
     spec_from_adapter_config,
 )
 from halfbyte.models.adapter_tensors import (
+    HALVES,
     PREFIX,
     SHOWN_NAMES,
     AdapterTensors,
+    adapter_key,
+    both_halves,
     check_effect,
     check_shapes,
     read_adapter_tensors,
@@ -56,6 +60,7 @@ from halfbyte.nn.adapter_shelf import (
     take_off_adapter,
 )
 from halfbyte.nn.attach import iter_saved, report_adapters
+from halfbyte.nn.split import Split
 from halfbyte.nn.targets import find_saved, find_targets
 from halfbyte.nn.vocabulary import iter_token_rows
 
@@ -93,18 +98,20 @@ def save_adapter(
     """
     tensors = adapter_state_dict(model)
     adapted = [path for path, _ in iter_lora(model)]
+    is_split = any(layer.taken_A is not None for _, layer in iter_lora(model))
+    if is_split:
+        spec = spec.with_ranks_times(2)
     values = make_adapter_config(spec, base_model=base_model, adapted=adapted, model=model, revision=revision)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
+    _replace(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt", **(HALVES if is_split else {})}))
     _replace(folder / CONFIG_FILE, adapter_config_text(values).encode())
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the adapters of a model under PEFT's keys, fp32 on the CPU."""
+    """Return the adapters of a model, as those of a plain base, under PEFT's keys, fp32 on the CPU."""
     tensors: dict[str, torch.Tensor] = {}
     for path, layer in iter_lora(model):
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B
+        tensors |= {adapter_key(path, name): tensor for name, tensor in both_halves(layer).items()}
     for path, module in iter_saved(model):
         for name, parameter in module.trained.named_parameters():
             tensors[f"{PREFIX}{path}.{name}"] = parameter
@@ -114,7 +121,12 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_adapter(
-    model: PreTrainedModel, path: Path | str, *, name: str = DEFAULT_NAME, trainable: bool = False
+    model: PreTrainedModel,
+    path: Path | str,
+    *,
+    name: str = DEFAULT_NAME,
+    trainable: bool = False,
+    splits: Mapping[str, Split] | None = None,
 ) -> AdapterReport:
     """Put a saved adapter on a model.
 
@@ -124,6 +136,8 @@ def load_adapter(
         name: What the adapter is called from then on.
         path: The adapter's folder, or its weights file; a pickle is read only where the file itself is named.
         trainable: Whether training goes on; otherwise everything is frozen.
+        splits: Where what the adapter has begun from was taken out of the model's weights as they were loaded (see
+            `weight_splits`), what they were split into: the first values are then the adapter's.
 
     Returns:
         How many layers got an adapter, and which.
@@ -138,8 +152,12 @@ def load_adapter(
     take_off_adapter(model)
     try:
         adapter = open_adapter(model, path)
-        attach_adapters(model, adapter.spec)
-        _copy_into(model, adapter)
+        if splits:
+            attach_adapters(model, adapter.spec.with_ranks_times(0.5), splits)
+            _copy_saved(model, adapter)
+        else:
+            attach_adapters(model, adapter.spec)
+            _copy_into(model, adapter)
         name_adapter(model, name, adapter.spec)
         report = _settle_adapter(model, trainable=trainable)
     finally:
@@ -152,8 +170,8 @@ def load_adapter(
 def _settle_adapter(model: PreTrainedModel, *, trainable: bool) -> AdapterReport:
     """Make the adapter in use one to train or one to use, and say what it is."""
     for _, layer in iter_lora(model):
-        layer.lora_A.requires_grad_(trainable)
-        layer.lora_B.requires_grad_(trainable)
+        for parameter in layer.adapter().values():
+            parameter.requires_grad_(trainable)
     for _, module in iter_saved(model):
         module.trained.requires_grad_(trainable)
     for _, wrapper in iter_token_rows(model):
@@ -210,6 +228,9 @@ def _known_part(model: nn.Module, spec: LoraSpec, tensors: AdapterTensors, weigh
         # PEFT files often name layers of several families at once.
         targets = tuple(name for name in targets if any(p == name or p.endswith(f".{name}") for p in paths))
     adapted = tensors.lora_A.keys()
+    if tensors.magnitude.keys() != (adapted if spec.dora else set()):
+        found = f"{len(tensors.magnitude)} magnitudes for {len(adapted)} adapters"
+        raise FormatError(f"{weights_file} has {found}, and {CONFIG_FILE} says use_dora {str(spec.dora).lower()}")
     known = dataclasses.replace(
         spec,
         targets=targets or tuple(sorted(adapted)),
@@ -246,9 +267,16 @@ def _copy_into(model: nn.Module, adapter: Adapter) -> None:
     for path, layer in iter_lora(model):
         layer.lora_A.copy_(tensors.lora_A[path])
         layer.lora_B.copy_(tensors.lora_B[path])
+        if layer.lora_magnitude_vector is not None:
+            layer.lora_magnitude_vector.copy_(tensors.magnitude[path])
+    _copy_saved(model, adapter)
+
+
+@torch.no_grad()
+def _copy_saved(model: nn.Module, adapter: Adapter) -> None:
     for path, module in iter_saved(model):
         for name, parameter in module.trained.named_parameters():
-            parameter.copy_(tensors.saved[path][name])
+            parameter.copy_(adapter.tensors.saved[path][name])
     copy_rows_(model, adapter.rows)
 
 

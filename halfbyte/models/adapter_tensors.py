@@ -19,12 +19,14 @@ from halfbyte.nn import Linear4bit, LoraLinear
 from halfbyte.nn.vocabulary import find_vocabulary
 
 PREFIX = "base_model.model."
+# Metadata of a file whose ranks are two halves: what was trained, and less what it has begun from.
+HALVES = {"halfbyte.ranks": "trained, begun from"}
 SHOWN_NAMES = 3
 _LORA_KEY = re.compile(r"(?P<path>.+)\.(?P<name>lora_[AB])(\.[^.]+)?\.weight")
+_MAGNITUDE_KEY = re.compile(r"(?P<path>.+)\.(?P<name>lora_magnitude_vector)(\.[^.]+)?(\.weight)?")
 _SAVED_KEY = re.compile(r"(?P<path>.+)\.modules_to_save\.[^.]+\.(?P<name>[^.]+)")
 _ALONG_KEY = re.compile(r"^(.+)\.(?:original_module|modules_to_save)\.(?=[^.]+$)")
 _UNSUPPORTED_KEYS = {
-    "lora_magnitude_vector": "DoRA",
     "lora_embedding_": "adapters of embeddings",
     "lora_B.bias": "biases of adapters",
 }
@@ -36,9 +38,33 @@ class AdapterTensors:
 
     lora_A: dict[str, torch.Tensor]
     lora_B: dict[str, torch.Tensor]
+    magnitude: dict[str, torch.Tensor]
+    """Of DoRA; empty otherwise."""
     saved: dict[str, dict[str, torch.Tensor]]
     """Parameters of modules trained whole, by path and name."""
     tokens: TokenTensors = dataclasses.field(default_factory=TokenTensors)
+
+
+def adapter_key(path: str, name: str) -> str:
+    """Return PEFT's key for a parameter of the adapter of a layer."""
+    return f"{PREFIX}{path}.{name}" + ("" if name == "lora_magnitude_vector" else ".weight")
+
+
+def both_halves(layer: LoraLinear) -> dict[str, torch.Tensor]:
+    """Return the adapter of a layer as one for the plain base, see `halfbyte.models.weight_splits`."""
+    tensors: dict[str, torch.Tensor] = dict(layer.adapter())
+    if layer.taken_A is not None and layer.taken_B is not None:
+        tensors["lora_A"] = torch.cat([layer.lora_A, layer.taken_A])
+        tensors["lora_B"] = torch.cat([layer.lora_B, -layer.taken_B], dim=1)
+    return tensors
+
+
+def halves(
+    lora_A: torch.Tensor, lora_B: torch.Tensor
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Return both halves of lora_A, and of lora_B: the inverse of `both_halves`."""
+    (trained_A, taken_A), (trained_B, taken_B) = lora_A.chunk(2), lora_B.chunk(2, dim=1)
+    return (trained_A, taken_A), (trained_B, -taken_B)
 
 
 def read_adapter_tensors(model: nn.Module, weights_file: Path) -> AdapterTensors:
@@ -57,8 +83,8 @@ def read_adapter_tensors(model: nn.Module, weights_file: Path) -> AdapterTensors
                 raise FormatError(f"{weights_file}: {key} belongs to {what}, which are not supported")
     parts = {key: _split_key(key) for key in raw}
     paths = _paths_in_model(model, {path for path, _ in parts.values()}, weights_file)
-    found = AdapterTensors(lora_A={}, lora_B={}, saved={})
-    matrices = {"lora_A": found.lora_A, "lora_B": found.lora_B}
+    found = AdapterTensors(lora_A={}, lora_B={}, magnitude={}, saved={})
+    matrices = {"lora_A": found.lora_A, "lora_B": found.lora_B, "lora_magnitude_vector": found.magnitude}
     for key, tensor in raw.items():
         written, name = parts[key]
         path = paths[written]
@@ -89,8 +115,9 @@ def _is_written_twice(key: str, keys: Iterable[str]) -> bool:
 
 
 def _split_key(key: str) -> tuple[str, str]:
-    """Return the path of the layer, and `lora_A`, `lora_B` or the name of a parameter trained whole."""
-    match = _LORA_KEY.fullmatch(key) or TOKENS_KEY.fullmatch(key) or _SAVED_KEY.fullmatch(key)
+    """Return the path of the layer, and PEFT's name of an adapter's tensor or that of a parameter trained whole."""
+    patterns = (_LORA_KEY, _MAGNITUDE_KEY, TOKENS_KEY, _SAVED_KEY)
+    match = next((found for pattern in patterns if (found := pattern.fullmatch(key))), None)
     if match:
         return match["path"], match["name"]
     path, _, parameter = key.rpartition(".")
@@ -132,6 +159,9 @@ def check_shapes(model: nn.Module, tensors: AdapterTensors, weights_file: Path) 
                 f"{path} (lora_A {list(lora_A.shape)}, lora_B {list(lora_B.shape)} for a layer of "
                 f"{layer.out_features} x {layer.in_features})"
             )
+        magnitude = tensors.magnitude.get(path)
+        if magnitude is not None and magnitude.shape != (layer.out_features,):
+            wrong.append(f"{path} (lora_magnitude_vector {list(magnitude.shape)} for {layer.out_features} outputs)")
     for path, parameters in tensors.saved.items():
         wrong += _wrong_parameters(model, path, parameters)
     if wrong:
@@ -156,7 +186,7 @@ def _wrong_parameters(model: nn.Module, path: str, parameters: Mapping[str, torc
 
 
 def check_effect(tensors: AdapterTensors, weights_file: Path) -> None:
-    for path, matrix in (*tensors.lora_A.items(), *tensors.lora_B.items()):
+    for path, matrix in (*tensors.lora_A.items(), *tensors.lora_B.items(), *tensors.magnitude.items()):
         if not torch.isfinite(matrix).all():
             raise FormatError(f"{weights_file} is damaged: the adapter of {path} holds values that are not finite")
     has_update = any(bool(tensors.lora_B[path].any()) and bool(lora_A.any()) for path, lora_A in tensors.lora_A.items())

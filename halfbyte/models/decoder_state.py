@@ -32,7 +32,7 @@ def weight_state(model: PreTrainedModel) -> tuple[Any, ...]:
         adapter_changes(model),
         embedding.weight.data_ptr(),
         *((table.adapter_enabled, _identity(table.rows)) for table in tables),
-        *((m.adapter_enabled, m.scaling, _identity(m.lora_A), _identity(m.lora_B)) for m in adapted),
+        *((m.adapter_enabled, m.scaling, *map(_identity, m.adapter().values())) for m in adapted),
     )
 
 

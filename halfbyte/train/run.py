@@ -22,6 +22,7 @@ from halfbyte.nn import LoraSpec, adapters_disabled
 from halfbyte.train.callbacks import ProgressLine
 from halfbyte.train.continued import find_earlier
 from halfbyte.train.evaluate import HeldOut
+from halfbyte.train.loggers import check_loggers
 from halfbyte.train.planning import PlannedRun, plan_run
 from halfbyte.train.report import make_record, save_report
 from halfbyte.train.samples import Sample, answer_questions, choose_questions
@@ -55,6 +56,7 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
     started = time.perf_counter()
     console = console or Console(stderr=True, highlight=False)
     config = resolve_output_dir(config)
+    check_loggers(config.train.report_to)
     device = resolve_device(config.model.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -70,7 +72,7 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
     for note in (*(() if earlier is None else earlier.notes), *(() if tokens is None else (tokens.note,))):
         _say(console, note)
     data = load_data(config, loaded.tokenizer, console)
-    spec, report = attach(loaded.model, config, tokens=tokens, earlier=earlier)
+    spec, report = attach(loaded, config, tokens=tokens, earlier=earlier)
     _say(console, report)
     folder = prepare_folder(config)
     save_run_config(config, folder)

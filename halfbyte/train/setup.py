@@ -12,6 +12,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.config import DataSection, LoraSection, RunConfig
+from halfbyte.config.adapter_init import begins_from_weights
 from halfbyte.config.output import REPORT_FILE, RUN_FILES
 from halfbyte.data import (
     Example,
@@ -30,6 +31,7 @@ from halfbyte.models import LoadedModel, load_model
 from halfbyte.models.adapter_files import load_adapter
 from halfbyte.models.attention import PACKED_ATTENTION
 from halfbyte.models.streaming import ON_DEVICE, Residency
+from halfbyte.models.weight_splits import NewSplits
 from halfbyte.nn import AdapterReport, LoraSpec, attach_adapters, iter_lora
 from halfbyte.quant import QuantSpec
 from halfbyte.train.arguments import HalfbyteArguments
@@ -101,6 +103,7 @@ def load_base(config: RunConfig, console: Console, *, residency: Residency = ON_
             attn_implementation=config.model.attention or PACKED_ATTENTION,
             revision=config.model.revision,
             residency=residency,
+            splits=_make_splits(config),
             on_progress=lambda done, total: status.update(f"loading {path}: {done / max(total, 1):.0%}"),
         )
     _check_context(loaded.model, config)
@@ -161,12 +164,12 @@ def mark_trained(tokenizer: PreTrainedTokenizerBase, example: TokenizedExample, 
 
 
 def attach(
-    model: PreTrainedModel, config: RunConfig, *, tokens: RunTokens | None = None, earlier: EarlierAdapter | None = None
+    loaded: LoadedModel, config: RunConfig, *, tokens: RunTokens | None = None, earlier: EarlierAdapter | None = None
 ) -> tuple[LoraSpec, AdapterReport]:
     """Give the model new adapters, or those of an earlier run to go on with.
 
     Args:
-        model: The base.
+        loaded: The base.
         config: Of the run.
         tokens: That the run adds.
         earlier: The adapter to go on with.
@@ -175,9 +178,10 @@ def attach(
         ConfigError: Options mean nothing in the model, or contradict the adapter.
         FormatError: The adapter does not fit the model.
     """
+    model = loaded.model
     if earlier is None:
         spec = spec_with_tokens(make_lora_spec(config.lora, seed=config.train.seed), model, config, tokens)
-        report = attach_adapters(model, spec)
+        report = attach_adapters(model, spec, loaded.splits)
         start_new_tokens_(model, tokens)
         return spec, report
     check_targets(model, config.lora, earlier.spec)
@@ -227,6 +231,12 @@ def build_arguments(config: RunConfig, *, on_cpu: bool, has_held_out: bool) -> H
         if steps is not None:
             values[f"{kind}_steps"] = steps
     return HalfbyteArguments(config.output_dir, use_cpu=on_cpu, disable_tqdm=True, **values)
+
+
+def _make_splits(config: RunConfig) -> NewSplits | None:
+    if not begins_from_weights(config.lora.init):
+        return None
+    return NewSplits(make_lora_spec(config.lora, seed=config.train.seed))
 
 
 def _prepare(examples: list[Example], renderer: Renderer, options: DataSection) -> PreparedData:

@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from halfbyte.errors import ConfigError
 from halfbyte.export import export_calibrated, merge_adapter, merge_in_place
+from halfbyte.export.gguf_adapter import export_gguf_adapter
 from halfbyte.export.gguf_model import export_gguf
 from halfbyte.models.adapter_files import load_adapter, save_adapter
 from halfbyte.models.gguf_file import GgufFile
 from halfbyte.models.load import load_model
 from halfbyte.nn import LoraSpec
 from halfbyte.quant import QuantSpec
-from tests.export import test_gguf_model as gguf_models
+from tests.export.llama_cpp import save_speaking_tiny
 from tests.models.test_adapter_tokens import IDS, OLD_IDS, SPECS, build_tuned, load_base, logits_of
 from tests.models.tiny import VOCABULARY, build_tokenizer, save_tiny
 from tests.oracles import assert_close
@@ -89,21 +91,24 @@ def test_export_calibrated_writes_the_larger_vocabulary(name: str, family: str, 
 
 @pytest.mark.parametrize("name", ["both", "whole"])
 def test_export_gguf_writes_the_larger_vocabulary(name: str, tmp_path: Path) -> None:
-    base = gguf_models.save(tmp_path / "base", "llama")
-    tokenizer = gguf_models.build_tokenizer()
-    tokenizer.add_tokens([f"<|{number}|>" for number in range(108 - len(tokenizer))], special_tokens=True)
-    ids = tuple(range(104, 108))
+    base = save_speaking_tiny(tmp_path / "base", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    num_words = load_base(base).config.vocab_size
+    ids = tuple(range(num_words, num_words + 4))
+    tokenizer.add_tokens([f"<|{number}|>" for number in range(ids[-1] + 1 - len(tokenizer))], special_tokens=True)
     rows = {"embed_tokens": ids, "lm_head": ids}
     spec = {
         "both": LoraSpec(rank=4, alpha=8, trainable_tokens=rows),
-        "whole": LoraSpec(rank=4, alpha=8, modules_to_save=("embed_tokens", "lm_head"), vocabulary=108),
+        "whole": LoraSpec(rank=4, alpha=8, modules_to_save=("embed_tokens", "lm_head"), vocabulary=ids[-1] + 1),
     }[name]
     tuned = build_tuned(base, spec)
-    save_adapter(tuned, tmp_path / "adapter", base_model=str(base), spec=spec)
-    tokenizer.save_pretrained(tmp_path / "adapter")
-    adapter = tmp_path / "adapter"
-    export_gguf(base, tmp_path / "m.gguf", adapter=adapter, type_name="F32", spec=None, pre_tokenizer="gpt-2")
-    again = gguf_models.load(tmp_path / "m.gguf")
-    tokens = torch.arange(80, 108)[None]
-    torch.testing.assert_close(logits_of(again, tokens), logits_of(tuned, tokens), rtol=1e-4, atol=1e-4)
-    assert GgufFile(tmp_path / "m.gguf").fields["tokenizer.ggml.tokens"][107] == tokenizer.convert_ids_to_tokens(107)
+    adapter, file = tmp_path / "adapter", tmp_path / "m.gguf"
+    save_adapter(tuned, adapter, base_model=str(base), spec=spec)
+    tokenizer.save_pretrained(adapter)
+    export_gguf(base, file, adapter=adapter, type_name="F32", spec=None)
+    again = load_model(file, quant=None, compute_dtype="float32", device="cpu").model
+    tokens = torch.arange(num_words - 8, num_words + 4)[None]
+    assert_close("logits", logits_of(tuned, tokens), logits_of(again, tokens), dtype=torch.float32, roundings=ROUNDINGS)
+    assert GgufFile(file).fields["tokenizer.ggml.tokens"][ids[-1]] == tokenizer.convert_ids_to_tokens(ids[-1])
+    with pytest.raises(ConfigError, match="cannot hold"):
+        export_gguf_adapter(base, tmp_path / "a.gguf", adapter=adapter)
