@@ -103,6 +103,11 @@ def _names(adapter: Adapter, tensor_names: dict[str, str], tied: set[str]) -> di
         raise ConfigError(
             "the adapter has rows of tokens of its own, which a GGUF adapter cannot hold; merge it and export the model"
         )
+    if adapter.spec.dora:
+        raise ConfigError(
+            "llama.cpp's adapters have no magnitudes, and without them a DoRA adapter is another one; export the "
+            "merged model instead, without --adapter-only"
+        )
     if adapter.tensors.saved:
         raise ConfigError(
             f"the adapter has modules trained whole ({', '.join(sorted(adapter.tensors.saved))}), which a GGUF adapter "
