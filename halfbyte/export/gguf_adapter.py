@@ -103,13 +103,10 @@ def _names(adapter: Adapter, tensor_names: dict[str, str], tied: set[str]) -> di
         raise ConfigError(
             "llama.cpp's adapters have no magnitudes, and without them a DoRA adapter is another one; export the "
             "merged model instead, without --adapter-only"
-<<<<<<< HEAD
         )
     if adapter.rows or adapter.spec.vocabulary is not None:
         raise ConfigError(
             "the adapter has rows of tokens of its own, which a GGUF adapter cannot hold; merge it and export the model"
-=======
->>>>>>> tokens
         )
     if adapter.tensors.saved:
         raise ConfigError(
