@@ -2,6 +2,7 @@
 # make setup    only the virtual environment
 # make test     the tests            make test-gpu   those that need an NVIDIA GPU
 # make check    format, lint, types, layers
+# make fuzz     damage tens of thousands of files and count what comes of reading them; eight minutes
 # make bench    time the operations; ONLY=load,train times some of them
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/
 # CPU build brings no triton, which the interpreted kernel tests want; with CUDA, torch brings the triton it was made with.
 TORCH := $(if $(HAS_GPU),torch,torch==2.13.0 $(if $(filter Linux,$(shell uname -s)),triton==3.6.0))
 
-.PHONY: setup demo test test-gpu check format bench clean
+.PHONY: setup demo test test-gpu check format bench fuzz clean
 
 setup: $(STAMP)
 
@@ -44,6 +45,9 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.run $(if $(ONLY),--only $(ONLY))
+
+fuzz: setup
+	$(BIN)/python -m benchmarks.fuzz_readers
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis

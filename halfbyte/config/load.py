@@ -23,6 +23,8 @@ from halfbyte.config.run import RunConfig
 from halfbyte.config.values import NONE_WORDS, NotOfTypeError, check_bounds, check_value, parse_text
 from halfbyte.errors import ConfigError
 
+MAX_NODES = 100_000
+
 
 def load_config(path: str | Path | None = None, overrides: Mapping[str, str] | None = None) -> RunConfig:
     """Return the run that a YAML file and command-line options describe.
@@ -102,6 +104,13 @@ def compose_yaml(path: Path, *, expected: str) -> yaml.MappingNode:
         raise ConfigError(f"{path}{line}: not YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deep to be read") from None
+    # Of a value that PyYAML takes for text and Python cannot: a byte that no character begins with, for one.
+    except ValueError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    if root is not None:
+        _check_size(root, path)
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path}: no options in it; expected {expected}")
     return root
@@ -147,15 +156,31 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _check_size(root: yaml.Node, path: Path) -> None:
+    """Refuse a tree that is larger than a person writes: aliases of aliases stand for billions of values."""
+    waiting, num_nodes = [root], 0
+    while waiting:
+        node = waiting.pop()
+        num_nodes += 1
+        if num_nodes > MAX_NODES:
+            raise ConfigError(f"{path}: its aliases (*name) stand for more than {MAX_NODES} values; write them out")
+        if isinstance(node, yaml.MappingNode):
+            waiting += [inner for pair in node.value for inner in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+
+
 def entries_of(node: yaml.MappingNode, path: Path) -> list[tuple[str, yaml.Node, str]]:
     """Return key, value node and `file:line: ` of each entry of a mapping."""
     entries: list[tuple[str, yaml.Node, str]] = []
+    known: set[str] = set()
     for key, value in node.value:
         where = f"{path}:{key.start_mark.line + 1}: "
         if not isinstance(key, yaml.ScalarNode):
             raise ConfigError(f"{where}an option's name must be one word")
-        if any(key.value == name for name, _, _ in entries):
+        if key.value in known:
             raise ConfigError(f"{where}{key.value} is given twice")
+        known.add(key.value)
         entries.append((key.value, value, where))
     return entries
 

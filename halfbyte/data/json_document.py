@@ -17,6 +17,8 @@ from halfbyte.errors import DataError
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
+# Nesting by the thousand; whole numbers of thousands of digits.
+UNREADABLE_JSON = (RecursionError, ValueError)
 _ROW_KEYS = ("messages", "conversations", "conversation", "turns", "instances")
 
 
@@ -50,6 +52,15 @@ def read_json_document(text: str, *, path: Path, split: str) -> Iterator[Row]:
             raise DataError(f"{path}:1: must hold a list of rows or an object with such a list.")
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: broken JSON at column {error.colno} ({error.msg}).") from error
+    except UNREADABLE_JSON as error:
+        raise DataError(f"{path}: {why_unreadable(error)}") from error
+
+
+def why_unreadable(error: BaseException) -> str:
+    """Say what Python's JSON reader stumbled over in JSON that is not broken."""
+    if isinstance(error, RecursionError):
+        return "JSON that is nested too deep to be read. Remove that row."
+    return f"JSON that cannot be read ({error}). Remove that row."
 
 
 def _list_rows(text: str, start: int, path: Path) -> Generator[Row, None, int]:

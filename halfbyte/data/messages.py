@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from halfbyte.data.examples import Dropped, Example, Message
+from halfbyte.data.json_document import UNREADABLE_JSON, why_unreadable
 from halfbyte.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -75,6 +76,8 @@ def make_conversation(
         if message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls"):
             return Dropped(origin, f"turn {i}, the assistant's, is empty")
     parsed_tools = parse_if_json(tools, origin)
+    if parsed_tools and not isinstance(parsed_tools, list | tuple):
+        raise DataError(f"{origin}: tools is a {type(parsed_tools).__name__}, must be a list of function schemas.")
     return Example(
         origin=origin,
         messages=tuple(messages),
@@ -116,6 +119,8 @@ def parse_if_json(value: Any, origin: str) -> Any:
         raise DataError(
             f"{origin}: a cell starts like JSON and is broken at its character {error.pos + 1} ({error.msg})."
         ) from error
+    except UNREADABLE_JSON as error:
+        raise DataError(f"{origin}: a cell holds {why_unreadable(error)}") from error
 
 
 def _make_message(turn: Any, *, layout: TurnLayout, where: str) -> Message:
@@ -135,6 +140,8 @@ def _make_message(turn: Any, *, layout: TurnLayout, where: str) -> Message:
     }
     message.update({key: turn[key] for key in _KEPT_KEYS if turn.get(key) is not None})
     if message.get("tool_calls"):
+        if not isinstance(message["tool_calls"], list | tuple):
+            raise DataError(f"{where}: tool_calls is a {type(message['tool_calls']).__name__}, must be a list.")
         message["tool_calls"] = [_decode_arguments(call) for call in message["tool_calls"]]
     return message
 
@@ -181,7 +188,7 @@ def _decode_arguments(call: Any) -> Any:
         return call
     try:
         arguments = json.loads(function["arguments"])
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, *UNREADABLE_JSON):
         # Arguments that are no JSON are what the assistant really wrote: kept as the text they are.
         return call
     return {**call, "function": {**function, "arguments": arguments}}

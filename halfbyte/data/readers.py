@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
 
 from halfbyte.data.examples import Row
-from halfbyte.data.json_document import read_json_document
+from halfbyte.data.json_document import UNREADABLE_JSON, read_json_document, why_unreadable
 from halfbyte.errors import DataError
 
 TEXT_SUFFIXES = (".txt", ".md")
@@ -141,7 +141,7 @@ def _read_parquet(path: Path, split: str) -> Iterator[Row]:
             for fields in batch.to_pylist():
                 row_number += 1
                 yield Row(f"{path}:{row_number}", fields)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({error}). Fetch or write it again.") from error
 
 
@@ -210,6 +210,8 @@ def _decode_json_line(line: str, path: Path, line_number: int) -> dict[str, Any]
             f"{path}:{line_number}: broken JSON at column {error.colno} ({error.msg}). Each line must be one whole "
             f"JSON object; mend or remove this line: {_excerpt(line)}"
         ) from error
+    except UNREADABLE_JSON as error:
+        raise DataError(f"{path}:{line_number}: {why_unreadable(error)}") from error
     if not isinstance(value, dict):
         raise DataError(f"{path}:{line_number}: holds a {type(value).__name__}. Each line must be one JSON object.")
     return value
@@ -218,7 +220,7 @@ def _decode_json_line(line: str, path: Path, line_number: int) -> dict[str, Any]
 def _is_json(line: str) -> bool:
     try:
         json.loads(line)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, *UNREADABLE_JSON):
         return False
     return True
 

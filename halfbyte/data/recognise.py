@@ -12,6 +12,7 @@ from halfbyte.data.formats import FORMATS, ChatFormat, Format
 from halfbyte.data.messages import ROLES
 from halfbyte.errors import DataError
 
+_SHOWN_COLUMNS, _SHOWN_CHARACTERS = 40, 80
 _PAIR_TARGETS = ("prompt", "completion", "input", "text", "system", "tools")
 _CHAT_TARGETS = ("messages", "role", "content", "user", "assistant", "tool")
 _ASKING = ("prompt", "question", "query", "instruction", "request", "customer", "user", "ticket", "input", "text")
@@ -63,7 +64,7 @@ class Recogniser:
             if source.strip().lower() not in fields:
                 raise DataError(
                     f"{row.origin}: there is no column {source!r} (named for {target}).{_nearest(source, row.fields)} "
-                    f"The columns are: {', '.join(map(str, row.fields)) or 'none'}"
+                    f"The columns are: {_columns(row)}"
                 )
             renamed[target] = fields[source.strip().lower()]
         return renamed
@@ -82,7 +83,7 @@ class Recogniser:
                 return wanted
             raise DataError(
                 f"{row.origin}: the format {wanted.name} needs the columns {wanted.summary}; the columns are: "
-                f"{', '.join(map(str, row.fields)) or 'none'}.{_fix(fields)}"
+                f"{_columns(row)}.{_fix(fields)}"
             )
         mapped = set(self._renamed_columns())
         for candidate in candidates:
@@ -103,7 +104,7 @@ class Recogniser:
         looks = f" It looks like {other.name}." if other is not None else ""
         raise DataError(
             f"{row.origin}: does not fit the format of the first row, {first.name} ({first.summary}); its columns are: "
-            f"{', '.join(map(str, row.fields)) or 'none'}.{looks} Keep different formats in different files, or mend "
+            f"{_columns(row)}.{looks} Keep different formats in different files, or mend "
             "this row."
         )
 
@@ -148,16 +149,13 @@ def _known_name(name: str) -> str:
 
 def _unrecognised(row: Row, fields: Mapping[str, Any]) -> str:
     formats = "\n".join(f"  {known.name:<22}{known.summary}" for known in FORMATS)
-    return (
-        f"{row.origin}: the columns fit no known format: {', '.join(map(str, row.fields)) or 'none'}.{_fix(fields)}\n"
-        f"Known formats:\n{formats}"
-    )
+    return f"{row.origin}: the columns fit no known format: {_columns(row)}.{_fix(fields)}\nKnown formats:\n{formats}"
 
 
 def _fix(fields: Mapping[str, Any]) -> str:
     """Return the option that most likely helps."""
     for name, value in fields.items():
-        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        if isinstance(value, list) and value and isinstance(value[0], Mapping) and value[0]:
             keys = list(value[0])
             role, content = keys[0], keys[1] if len(keys) > 1 else keys[0]
             return (
@@ -173,6 +171,14 @@ def _fix(fields: Mapping[str, Any]) -> str:
         f" Say which column is what: --data.columns=prompt={prompt or 'COLUMN'},completion={completion or 'COLUMN'} "
         "(a question and its answer) or --data.columns=text=COLUMN (all of it learned)."
     )
+
+
+def _columns(row: Row) -> str:
+    names = [
+        name if len(name) <= _SHOWN_CHARACTERS else name[:_SHOWN_CHARACTERS] + "..." for name in map(str, row.fields)
+    ]
+    more = f" and {len(names) - _SHOWN_COLUMNS} more" if len(names) > _SHOWN_COLUMNS else ""
+    return (", ".join(names[:_SHOWN_COLUMNS]) or "none") + more
 
 
 def _first_like(names: list[str], words: tuple[str, ...]) -> str | None:

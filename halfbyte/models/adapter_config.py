@@ -18,8 +18,9 @@ from typing import Any
 from torch import nn
 
 from halfbyte.errors import FormatError
+from halfbyte.models.adapter_patterns import check_pattern
 from halfbyte.models.adapter_tokens import listed_tokens
-from halfbyte.models.source import load_json
+from halfbyte.models.described import load_json
 from halfbyte.nn import Linear4bit, LoraSpec
 from halfbyte.nn.spec import ALL_LINEAR, INPUT_EMBEDDING
 from halfbyte.nn.vocabulary import iter_token_rows
@@ -76,6 +77,7 @@ def spec_from_adapter_config(values: Mapping[str, Any]) -> LoraSpec:
         FormatError: A field is missing or has a value that cannot be.
     """
     try:
+        _check_patterns(values)
         targets = values["target_modules"]
         return LoraSpec(
             rank=int(values["r"]),
@@ -83,16 +85,16 @@ def spec_from_adapter_config(values: Mapping[str, Any]) -> LoraSpec:
             dropout=float(values.get("lora_dropout") or 0.0),
             rslora=bool(values.get("use_rslora")),
             dora=bool(values.get("use_dora")),
-            targets=targets if isinstance(targets, str) else tuple(sorted(targets)),
+            targets=_names(targets),
             exclude=_names(values.get("exclude_modules")),
             rank_pattern=dict(values.get("rank_pattern") or {}),
             alpha_pattern=dict(values.get("alpha_pattern") or {}),
             layers_to_transform=_layers(values.get("layers_to_transform")),
             layers_pattern=_names(values.get("layers_pattern")) or None,
-            modules_to_save=tuple(values.get("modules_to_save") or ()),
+            modules_to_save=_texts(values.get("modules_to_save") or ()),
             trainable_tokens=_tokens(values.get("trainable_token_indices")),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise FormatError(f"{CONFIG_FILE} lacks a field, or one has an impossible value: {error!r}") from error
 
 
@@ -162,7 +164,22 @@ def _targets(spec: LoraSpec, paths: list[str], model: nn.Module) -> str | list[s
 def _names(value: Any) -> str | tuple[str, ...]:
     if value is None:
         return ()
-    return value if isinstance(value, str) else tuple(sorted(value))
+    return value if isinstance(value, str) else tuple(sorted(_texts(value)))
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f"{value!r} is no list of names")
+    return tuple(value)
+
+
+def _check_patterns(values: Mapping[str, Any]) -> None:
+    """Refuse fields that are used as regular expressions and are none, or may take forever."""
+    for field in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+        value = values.get(field) or ()
+        for pattern in [value] if isinstance(value, str) else value:
+            if isinstance(pattern, str):
+                check_pattern(pattern, where=f"{CONFIG_FILE}: {field}")
 
 
 def _tokens(value: Any) -> dict[str, tuple[int, ...]]:

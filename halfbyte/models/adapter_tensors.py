@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -104,7 +105,10 @@ def _read_tensors(weights_file: Path) -> dict[str, torch.Tensor]:
     # Whatever its name: a safetensors header is an object, a pickle or its zip container is not.
     if weights_file.suffix == ".safetensors" or start[8:9] == b"{":
         load_header(weights_file)
-        return load_file(weights_file)
+        try:
+            return load_file(weights_file)
+        except SafetensorError as error:
+            raise FormatError(f"{weights_file} is damaged: {error}") from error
     return load_pickle(weights_file)
 
 

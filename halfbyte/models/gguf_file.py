@@ -18,6 +18,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from halfbyte.errors import ConfigError, FormatError
@@ -73,7 +74,7 @@ class GgufFile:
         self._position = 0
         try:
             self._walk_header()
-        except (struct.error, UnicodeDecodeError, KeyError, ValueError, OverflowError) as error:
+        except (struct.error, KeyError, ValueError, OverflowError, RecursionError) as error:
             raise FormatError(f"{path} is truncated or damaged: its GGUF header cannot be understood") from error
 
     def read(self, tensor: GgufTensor) -> torch.Tensor:
@@ -91,7 +92,9 @@ class GgufFile:
         for out, chunk in zip(
             weight.view(-1).split(num_blocks * block_elements), raw.split(num_blocks * block_bytes), strict=True
         ):
-            values = self._quantization.quants.dequantize(chunk.view(1, -1).numpy(), quantization_type)
+            # Scales that are not finite give values that are not; a warning beside them says no more.
+            with numpy.errstate(all="ignore"):
+                values = self._quantization.quants.dequantize(chunk.view(1, -1).numpy(), quantization_type)
             out.copy_(torch.from_numpy(values).view(-1))
         return weight
 
@@ -109,6 +112,8 @@ class GgufFile:
             self.fields[key] = self._value(self._scalar("I"))
         tensors = [self._tensor_info() for _ in range(num_tensors)]
         alignment = self.fields.get("general.alignment", DEFAULT_ALIGNMENT)
+        if type(alignment) is not int or alignment < 1:
+            raise FormatError(f"{self.path} is damaged: general.alignment is {alignment!r}")
         data_start = -(-self._position // alignment) * alignment
         self.tensors: dict[str, GgufTensor] = {}
         for tensor in tensors:
@@ -123,6 +128,8 @@ class GgufFile:
         type_number, offset = self._scalar("I"), self._scalar("Q")
         quantization_type = self._quantization.GGMLQuantizationType(type_number)
         block_elements, block_bytes = self._quantization.GGML_QUANT_SIZES[quantization_type]
+        if not dims or 0 in dims:
+            raise FormatError(f"{self.path} is damaged: {name} has the dimensions {dims}")
         if dims[0] % block_elements:
             raise FormatError(f"{self.path} is damaged: rows of {name} are no whole number of blocks")
         return GgufTensor(

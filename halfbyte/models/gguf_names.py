@@ -26,6 +26,8 @@ from halfbyte.models.gguf_file import GgufFile, GgufTensor
 
 ROPE_FACTORS = "rope_freqs.weight"
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# Far more than any model has; names are made for each.
+MAX_LAYERS = 1024
 _OUTER_MODULES = ("model.embed_tokens", "model.norm", "lm_head")
 _LAYER_MODULES = (
     "input_layernorm",
@@ -81,7 +83,7 @@ def iter_gguf_weights(file: GgufFile) -> Iterator[GgufWeight]:
         FormatError: The architecture is not known to be read right, or a tensor is unknown.
     """
     family = check_architecture(file)
-    names = make_tensor_names(_architecture(file), int(_field(file, "block_count")))
+    names = make_tensor_names(_architecture(file), _whole_field(file, "block_count", at_most=MAX_LAYERS))
     for tensor in file.tensors.values():
         if tensor.name == ROPE_FACTORS:
             continue
@@ -106,7 +108,10 @@ def make_rope_parameters(file: GgufFile) -> dict[str, Any] | None:
     if ROPE_FACTORS not in file.tensors:
         return None
     factors = file.read(file.tensors[ROPE_FACTORS]).double()
-    theta = float(_field(file, "rope.freq_base"))
+    theta = _field(file, "rope.freq_base")
+    if not isinstance(theta, float | int):
+        raise FormatError(f"{file.path}: rope.freq_base is {theta!r}, no number")
+    factors, theta = factors.view(-1), float(theta)
     factor = float(factors.max())
     parameters = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **LLAMA3_ROPE}
     expected = make_rope_factors(parameters, factors.numel())
@@ -171,11 +176,21 @@ def _field(file: GgufFile, key: str) -> Any:
     return file.fields[full_key]
 
 
+def _whole_field(file: GgufFile, key: str, *, at_most: int) -> int:
+    value = _field(file, key)
+    if type(value) is not int or not 1 <= value <= at_most:
+        raise FormatError(f"{file.path}: {_architecture(file)}.{key} is {value!r}; expected 1 to {at_most}")
+    return value
+
+
 def _reader(file: GgufFile, tensor: GgufTensor, family: GgufFamily) -> Callable[[], torch.Tensor]:
     if family.interleaved_rotary and (".attn_q." in tensor.name or ".attn_k." in tensor.name):
-        num_heads = int(_field(file, "attention.head_count"))
-        if ".attn_k." in tensor.name:
-            num_heads = int(file.fields.get(f"{_architecture(file)}.attention.head_count_kv") or num_heads)
+        key = "attention.head_count"
+        if ".attn_k." in tensor.name and file.fields.get(f"{_architecture(file)}.{key}_kv"):
+            key += "_kv"
+        num_heads = _whole_field(file, key, at_most=tensor.shape[0])
+        if tensor.shape[0] % (2 * num_heads):
+            raise FormatError(f"{file.path}: {tensor.name} has {tensor.shape[0]} rows, no pairs for {num_heads} heads")
         return lambda: _restore_halves(file.read(tensor), num_heads)
     if family.norm_offset and tensor.name.endswith("norm.weight"):
         return lambda: file.read(tensor) - family.norm_offset

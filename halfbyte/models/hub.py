@@ -5,17 +5,16 @@ huggingface_hub does the work: its cache, its tokens, and HF_HUB_OFFLINE, which 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from halfbyte.errors import ConfigError
+from halfbyte.models.described import INDEX_FILE, shard_names
 
 T = TypeVar("T")
 
-INDEX_FILE = "model.safetensors.index.json"
 DESCRIPTION_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 # Repositories keep other frameworks' and tools' files in folders of their own.
 IGNORED_FILES = ["*/*"]
@@ -54,7 +53,7 @@ def download(name: str, revision: str | None) -> Path:
     index = folder / INDEX_FILE
     weights = ["model.safetensors"]
     if index.exists():
-        weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weights = shard_names(index)
     return _reach(name, revision, lambda: fetch(DESCRIPTION_FILES + weights))
 
 

@@ -7,12 +7,20 @@ where a person named that very file.
 from __future__ import annotations
 
 import pickle
+import struct
+import warnings
 import zipfile
 from pathlib import Path
 
 import torch
 
 from halfbyte.errors import FormatError
+
+# What torch's loader and the interpreter of pickles raise for bytes that make no sense.
+_DAMAGED = (
+    *(RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
+    *(OverflowError, MemoryError, struct.error, zipfile.BadZipFile),
+)
 
 
 def load_pickle(path: Path) -> dict[str, torch.Tensor]:
@@ -22,8 +30,14 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
         FormatError: The file is damaged, holds code, or holds anything but named tensors.
     """
     try:
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip:
+            _check_container(path)
         # Only the zip container (torch 1.6 and later) can be mapped.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            # About protocols that torch does not write: such a file is read, or refused below.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error):
             raise FormatError(
@@ -31,10 +45,18 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
                 "Convert it to safetensors where you trust it, or get the model from another place"
             ) from error
         raise FormatError(f"{path} is damaged: it cannot be unpickled ({error})") from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise FormatError(f"{path} cannot be read as pickled weights: {error}") from error
+    except _DAMAGED as error:
+        raise FormatError(f"{path} cannot be read as pickled weights: {error!r}") from error
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
         raise FormatError(f"{path} holds something else than named tensors; expected a state dict")
     return state
+
+
+def _check_container(path: Path) -> None:
+    """Refuse a container whose parts are larger than they are in the file: torch packs nothing, a bomb does."""
+    with zipfile.ZipFile(path) as container:
+        packed = next((part for part in container.infolist() if part.file_size != part.compress_size), None)
+    if packed is not None:
+        raise FormatError(f"{path}: {packed.filename} is compressed, which torch.save does not do; save it again")

@@ -44,6 +44,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LENGTH_BYTES = 8
 # The limit of the reference implementation.
 MAX_HEADER_BYTES = 100_000_000
+# Torch counts elements in 64 bits; an empty tensor's other dimensions are counted too.
+MAX_ELEMENTS = 2**48
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,9 +89,11 @@ def load_header(path: Path) -> Header:
     try:
         table = json.loads(raw)
         metadata = table.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__ holds something else than text")
         data_start = LENGTH_BYTES + length
         entries = [_entry(name, fields, data_start) for name, fields in table.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{path} is damaged: its safetensors header cannot be understood ({error})") from error
     entries.sort(key=lambda entry: (entry.offset, entry.num_bytes))
     _check_layout(path, entries, data_start, file_bytes)
@@ -132,8 +136,12 @@ class MappedFile:
 def _entry(name: str, fields: dict[str, Any], data_start: int) -> TensorEntry:
     if fields["dtype"] not in DTYPES:
         raise ValueError(f"{name} has the unknown dtype {fields['dtype']}")
-    dtype, shape = DTYPES[fields["dtype"]], tuple(int(dim) for dim in fields["shape"])
+    dtype, shape = DTYPES[fields["dtype"]], tuple(fields["shape"])
     begin, end = fields["data_offsets"]
+    if not all(type(number) is int for number in (*shape, begin, end)):
+        raise ValueError(f"{name}: shape and data_offsets must be whole numbers")
+    if math.prod(max(dim, 1) for dim in shape) > MAX_ELEMENTS:
+        raise ValueError(f"{name} has the impossible shape {list(shape)}")
     if min(shape, default=0) < 0 or begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name}: {end - begin} bytes cannot hold {fields['dtype']} {list(shape)}")
     return TensorEntry(name=name, dtype=dtype, shape=shape, offset=data_start + begin, num_bytes=end - begin)

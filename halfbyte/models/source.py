@@ -13,14 +13,13 @@ Weights quantised in any other way, and configurations that bring their own code
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from halfbyte.errors import ConfigError, FormatError
+from halfbyte.models.described import INDEX_FILE, load_json, shard_names
 from halfbyte.models.hub import download, download_file, is_hub_file, is_hub_id
 
-INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 
@@ -79,18 +78,6 @@ def load_config_dict(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_json(path: Path) -> Any:
-    """Return what a JSON file holds, or raise a FormatError that names file and line."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FormatError(f"{path} is missing") from None
-    except json.JSONDecodeError as error:
-        raise FormatError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path} cannot be read: {error}") from error
-
-
 def _from_file(path: Path, name: str) -> ModelSource:
     folder = path.absolute().parent
     file = folder / path.name
@@ -121,15 +108,24 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     if (folder / SINGLE_FILE).exists():
         return (folder / SINGLE_FILE,)
     if (folder / INDEX_FILE).exists():
-        index = load_json(folder / INDEX_FILE)
-        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-            raise FormatError(f"{folder / INDEX_FILE} has no weight_map")
-        files = tuple(folder / shard for shard in sorted(set(index["weight_map"].values())))
+        files = tuple(folder / shard for shard in shard_names(folder / INDEX_FILE))
+        _check_links(folder, files)
         missing = [file.name for file in files if not file.exists()]
         if missing:
             raise FormatError(f"{folder} lacks {', '.join(missing[:3])}, which its {INDEX_FILE} names: copy them there")
         return files
     return ()
+
+
+def _check_links(folder: Path, files: tuple[Path, ...]) -> None:
+    """Refuse shards that are links to elsewhere; those of the hub's cache lead to the blobs beside its snapshots."""
+    home = folder.resolve()
+    allowed = {home} | ({home.parents[1] / "blobs"} if home.parent.name == "snapshots" else set())
+    for file in files:
+        if file.is_symlink() and file.resolve().parent not in allowed:
+            raise FormatError(
+                f"{file} is a link that leads out of its folder, to {file.resolve()}; copy the file there"
+            )
 
 
 def _nothing_to_load(folder: Path) -> str:
@@ -151,6 +147,8 @@ def _safetensors_kind(folder: Path) -> Literal["safetensors", "bnb4bit"]:
     quantization = load_config_dict(folder).get("quantization_config")
     if not quantization:
         return "safetensors"
+    if not isinstance(quantization, dict):
+        raise FormatError(f"{folder / 'config.json'}: quantization_config is no object")
     method = quantization.get("quant_method", "bitsandbytes" if "load_in_4bit" in quantization else "unknown")
     if method == "bitsandbytes" and quantization.get("load_in_4bit", quantization.get("_load_in_4bit")):
         return "bnb4bit"

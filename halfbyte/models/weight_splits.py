@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from halfbyte.config.adapter_init import LOFTQ, begins_from_weights
@@ -129,9 +128,7 @@ def has_halves(weights_file: Path) -> bool:
     """Say whether the ranks of an adapter's file are what was trained and what it has begun from."""
     if weights_file.suffix != ".safetensors":
         return False
-    load_header(weights_file)
-    with safe_open(weights_file, "pt") as file:
-        return HALVES.items() <= (file.metadata() or {}).items()
+    return HALVES.items() <= load_header(weights_file).metadata.items()
 
 
 def halve_adapter(adapter: Adapter) -> tuple[Adapter, dict[str, Factors]]:

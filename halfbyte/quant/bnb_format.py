@@ -33,6 +33,8 @@ from halfbyte.errors import FormatError
 from halfbyte.quant.codebooks import codebook_values, dynamic_map
 from halfbyte.quant.tensor import ABSMAX_GROUP, BLOCK_SIZES, CODEBOOKS, QuantizedTensor, QuantSpec
 
+# The JSON has some 200 bytes.
+MAX_STATE_BYTES = 1 << 16
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _STATE_SUFFIXES = {codebook: f".quant_state.bitsandbytes__{codebook}" for codebook in CODEBOOKS}
@@ -105,8 +107,9 @@ def load_quantized(prefix: str, tensors: Mapping[str, torch.Tensor]) -> Quantize
             raise FormatError(
                 f"{key}: nested_blocksize is {state.get('nested_blocksize')}; only {ABSMAX_GROUP} is known"
             )
-        scale = _lookup(f"{key}.nested_absmax", tensors).float()
-        _check_length(f"{key}.nested_absmax", scale, -(-num_blocks // ABSMAX_GROUP))
+        stored_scale = _lookup(f"{key}.nested_absmax", tensors)
+        _check_length(f"{key}.nested_absmax", stored_scale, -(-num_blocks // ABSMAX_GROUP))
+        scale = stored_scale.float()
         _check_map(f"{key}.nested_quant_map", tensors, dynamic_map(signed=True))
         offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=packed.device)
     expected_dtype = torch.float32 if scale is None else torch.uint8
@@ -178,21 +181,29 @@ def _read_state(key: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]
     if len(found) != 1:
         wanted = " or ".join(key + suffix for suffix in _STATE_SUFFIXES.values())
         raise FormatError(f"{key}: expected exactly one of {wanted}; found {len(found)}")
+    raw = tensors[found[0]]
+    if raw.dtype != torch.uint8 or raw.numel() > MAX_STATE_BYTES:
+        raise FormatError(f"{found[0]} is {list(raw.shape)} of {raw.dtype}; expected the bytes of a short JSON object")
     try:
-        state = json.loads(bytes(tensors[found[0]].tolist()))
+        state = json.loads(bytes(raw.view(-1).tolist()))
+        if not isinstance(state, dict):
+            raise TypeError(f"it is a {type(state).__name__}")
         missing = [name for name in ("quant_type", "blocksize", "dtype", "shape") if name not in state]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise FormatError(f"{found[0]} does not hold a JSON object: {error}") from error
     if missing:
         raise FormatError(f"{found[0]} lacks {', '.join(missing)}")
     if not found[0].endswith(f"__{state['quant_type']}"):
         raise FormatError(f"{found[0]} says quant_type {state['quant_type']!r}")
-    if state["blocksize"] not in BLOCK_SIZES:
+    if type(state["blocksize"]) is not int or state["blocksize"] not in BLOCK_SIZES:
         raise FormatError(f"{found[0]} says blocksize {state['blocksize']}; known: {', '.join(map(str, BLOCK_SIZES))}")
-    if state["dtype"] not in _DTYPES:
+    if str(state["dtype"]) not in _DTYPES:
         raise FormatError(f"{found[0]} says dtype {state['dtype']!r}; known: {', '.join(_DTYPES)}")
-    if not isinstance(state["shape"], list) or not all(isinstance(size, int) and size > 0 for size in state["shape"]):
+    if not isinstance(state["shape"], list) or not all(type(size) is int and size > 0 for size in state["shape"]):
         raise FormatError(f"{found[0]} says shape {state['shape']!r}, which is no list of sizes")
+    offset = state.get("nested_offset", 0.0)
+    if type(offset) not in (int, float) or not abs(offset) <= torch.finfo(torch.float32).max:
+        raise FormatError(f"{found[0]} says nested_offset {offset!r}, which is no finite number")
     return state
 
 

@@ -30,7 +30,7 @@ from halfbyte.config.foreign.rules import (
 )
 from halfbyte.config.foreign.translation import Document, Outcome, Rule, Taken, Trainer, Unsupported
 from halfbyte.config.lora import ALL_LINEAR
-from halfbyte.errors import FormatError
+from halfbyte.errors import ConfigError, FormatError
 
 _FASTER = "only speed and memory"
 _READING = "examples are read and tokenised anew, in seconds"
@@ -45,7 +45,7 @@ def _dataset(name: str) -> Rule:
         wanted = [part.strip() for text in names(value) for part in text.split(",")]
         if len(wanted) > 1:
             return Unsupported(f"{len(wanted)} data sets; put their examples into one folder, and name that")
-        folder = Path(document.get("dataset_dir") or "data")
+        folder = Path(str(document.get("dataset_dir") or "data"))
         entry = _entry_of(folder, wanted[0])
         if entry is None:
             return Unsupported(
@@ -67,13 +67,16 @@ def _dataset(name: str) -> Rule:
 
 def _entry_of(folder: Path, name: str) -> dict[str, Any] | None:
     path = folder / "dataset_info.json"
-    if not path.exists():
-        return None
     try:
+        if not path.exists():
+            return None
         explained = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is no JSON: {error}") from None
-    return explained.get(name) if isinstance(explained, dict) else None
+    entry = explained.get(name) if isinstance(explained, dict) else None
+    return entry if isinstance(entry, dict) else None
 
 
 def _layout(entry: dict[str, Any]) -> Taken | Unsupported:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,7 +39,7 @@ def whole(name: str) -> Rule:
     """The value is that of our option, and a whole number."""
 
     def rule(value: Any, document: Document) -> Outcome:
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
             raise ConfigError(f"{value!r} is no whole number")
         return Taken({name: int(value)})
 
@@ -119,6 +120,8 @@ def every(name: str) -> Rule:
     """The value is how many steps lie between two of something."""
 
     def rule(value: Any, document: Document) -> Outcome:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"{value!r} is no number of steps")
         if value < 1:
             return Unsupported("a share of the steps; write their number")
         return Taken({f"train.{name}": int(value)})

@@ -174,7 +174,7 @@ def translate(document: Document, trainer: Trainer) -> Translation:
     said = list(_read(document, trainer, ""))
     written = {one.key for one in said}
     said += [
-        Said(key, None, trainer.rules[key](value, document))
+        Said(key, None, _follow(trainer.rules[key], key, value, document))
         for key, value in trainer.defaults.items()
         if key not in written or document.get(key) is None
     ]
@@ -207,10 +207,18 @@ def _outcome(key: str, value: Any, document: Document, trainer: Trainer) -> Outc
         rule = next((rule for start, rule in trainer.families.items() if key.startswith(start)), None)
     if rule is None:
         return Unsupported("not known here")
+    return _follow(rule, key, value, document)
+
+
+def _follow(rule: Rule, key: str, value: Any, document: Document) -> Outcome:
+    where = f"{document.path}:{document.lines[key]}: " if key in document.lines else f"{document.path}: "
     try:
         return rule(value, document)
     except ConfigError as error:
-        raise ConfigError(f"{document.path}:{document.lines[key]}: {error}") from None
+        raise ConfigError(f"{where}{error}") from None
+    # Rules take values of the types that the other trainer takes.
+    except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
+        raise ConfigError(f"{where}{key} is {str(value)[:80]!r}, which no {key} can be ({error})") from error
 
 
 def _plain(node: yaml.Node) -> Any:
