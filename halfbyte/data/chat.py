@@ -29,6 +29,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from halfbyte.data.examples import Message
 from halfbyte.errors import DataError
+from halfbyte.memory.bounded import bounded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,6 +52,10 @@ BUILT_IN_TEMPLATES = {"chatml": CHATML_TEMPLATE, "headings": HEADINGS_TEMPLATE}
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SYSTEM, _USER, _ASSISTANT = "qzsystemzq", "qzuserzq", "qzassistantzq"
 _EXCHANGE = ({"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT})
+
+
+# What a template raises on purpose, and what its expressions do with values that it did not think of.
+_REFUSALS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
 
 
 class TemplateRefusalError(DataError):
@@ -107,14 +112,15 @@ class ChatTemplate:
             TemplateRefusalError: The template does not take this conversation.
         """
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=list(tools) if tools else None,
-                chat_template=self._given,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            with bounded(f"the chat template ({self.origin})"):
+                text = self.tokenizer.apply_chat_template(
+                    list(messages),
+                    tools=list(tools) if tools else None,
+                    chat_template=self._given,
+                    add_generation_prompt=add_generation_prompt,
+                    tokenize=False,
+                )
+        except _REFUSALS as error:
             raise TemplateRefusalError(f"the chat template does not take this conversation: {error}") from error
         assert isinstance(text, str), "one conversation, not tokenised"
         return text
@@ -127,14 +133,15 @@ class ChatTemplate:
         """
         names: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
         try:
-            rendered: Any = render_jinja_template(
-                conversations=[list(messages)],
-                tools=list(tools) if tools else None,
-                chat_template=self.tokenizer.get_chat_template(self._given, list(tools) if tools else None),
-                return_assistant_tokens_mask=True,
-                **names,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            with bounded(f"the chat template ({self.origin})"):
+                rendered: Any = render_jinja_template(
+                    conversations=[list(messages)],
+                    tools=list(tools) if tools else None,
+                    chat_template=self.tokenizer.get_chat_template(self._given, list(tools) if tools else None),
+                    return_assistant_tokens_mask=True,
+                    **names,
+                )
+        except _REFUSALS as error:
             raise TemplateRefusalError(f"the chat template does not take this conversation: {error}") from error
         texts, ranges = rendered
         return MarkedText(texts[0], tuple(ranges[0]))

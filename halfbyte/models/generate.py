@@ -25,6 +25,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.device import available_bytes
 from halfbyte.errors import ConfigError
+from halfbyte.memory.bounded import bounded
 from halfbyte.models.expanded_decoder import ExpandedDecoder
 from halfbyte.models.fused_layers import fuse_layers_, iter_fused_layers, unfuse_layers_
 from halfbyte.models.host_embedding import compute_device_of
@@ -202,7 +203,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
         if not tokenizer.chat_template:
             raise ConfigError("this tokenizer has no chat template, so messages cannot be rendered; give a text prompt")
         messages: Any = list(prompt)
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        with bounded("the chat template"):
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     if not ids:
         raise ConfigError("the prompt is empty")
     return list(ids)
@@ -302,7 +304,8 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the special token that the chat template puts behind an assistant's words, if it puts one."""
     words = "halfbyte"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": words}]
-    rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    with bounded("the chat template"):
+        rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
     behind = tokenizer(rendered.rpartition(words)[2], add_special_tokens=False)["input_ids"]
     added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special = added | set(tokenizer.all_special_ids)
