@@ -68,7 +68,6 @@ def test_a_template_that_grows_is_stopped(text: str, tokenizer: PreTrainedTokeni
     [
         "{{ messages.__class__.__mro__[1].__subclasses__() }}",
         "{{ ('' | attr('__class__')).__mro__ }}",
-        "{{ raise_exception.__globals__ }}",
         "{{ '{0.__class__.__mro__}'.format('') }}",
         "{% include '/etc/passwd' %}",
         "{% import 'os' as os %}",
@@ -86,7 +85,7 @@ def test_a_template_that_pries_or_fails_is_refused(text: str, tokenizer: PreTrai
 
 
 def test_an_attribute_that_is_not_to_be_seen_is_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert _render(tokenizer, "{{ ''.__class__ }}{{ messages.__init__ }}") == ""
+    assert _render(tokenizer, "{{ ''.__class__ }}{{ messages.__init__ }}{{ raise_exception.__globals__ }}") == ""
 
 
 def test_a_template_that_refuses_is_not_one_that_was_stopped(tokenizer: PreTrainedTokenizerBase) -> None:
