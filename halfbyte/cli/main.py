@@ -40,10 +40,12 @@ def main(words: Sequence[str] | None = None) -> int:
         The exit code.
     """
     quiet_libraries()
+    # Of several ranks, the first speaks for all but about what went wrong.
+    rank = f"rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
     try:
         return run_command(list(sys.argv[1:] if words is None else words))
     except HalfbyteError as error:
-        print(f"halfbyte: error: {error}", file=sys.stderr)
+        print(f"halfbyte: {rank}error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         # A terminal has just echoed ^C in the middle of a line.

@@ -44,7 +44,10 @@ def run(args: argparse.Namespace) -> int:
     config = resolve_output_dir(load_config(path, args.overrides))
 
     let_segments_grow()
-    from halfbyte.train import run_training
+    from halfbyte.distributed import join_world
 
-    run_training(config, console=progress_console())
+    with join_world(on_cpu=config.model.device == "cpu") as world:
+        from halfbyte.train import run_training
+
+        run_training(config, console=progress_console(is_heard=world.is_main))
     return 0

@@ -10,14 +10,17 @@ and bf16=True needs no GPU.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from transformers import TrainingArguments
 
+from halfbyte.distributed import current_world
 from halfbyte.errors import ConfigError
 
 NAMES = frozenset(field.name for field in dataclasses.fields(TrainingArguments))
@@ -82,7 +85,10 @@ class HalfbyteArguments(TrainingArguments):
         self.overwrite_output_dir: bool = options.pop("overwrite_output_dir", False)
         default_loggers = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
         options.setdefault("report_to", default_loggers)
-        super().__init__(output_dir=output_dir, **options)
+        if not current_world().is_main:
+            options["report_to"] = "none"
+        with _deaf_to("transformers.training_args") if current_world().size > 1 else contextlib.nullcontext():
+            super().__init__(output_dir=output_dir, **options)
 
     def __post_init__(self) -> None:
         wanted = {"bf16": self.bf16, "fp16": self.fp16}
@@ -103,7 +109,9 @@ class HalfbyteArguments(TrainingArguments):
             if not fits(value):
                 raise ConfigError(f"{name}={value!r} cannot be honoured: {why}; leave it out")
         if self.world_size > 1:
-            raise ConfigError(f"{self.world_size} processes were started, but one process trains; start one")
+            raise ConfigError(
+                f"{self.world_size} processes were started, but have not joined; call halfbyte.join_world() first"
+            )
 
     def set_checkpointing(self, on: bool) -> None:
         """Say, under the names that the installed Trainer reads, whether activations are computed again."""
@@ -113,6 +121,18 @@ class HalfbyteArguments(TrainingArguments):
                 # The embedding is frozen, so the first block's input has no gradient, which only this kind stands.
                 kwargs = getattr(self, f"{name}_kwargs") or {}
                 setattr(self, f"{name}_kwargs", {**kwargs, "use_reentrant": False})
+
+
+@contextlib.contextmanager
+def _deaf_to(logger_name: str) -> Iterator[None]:
+    """Keep a library from warning that it was not told of ranks that it is not to know of."""
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def translate_names(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from halfbyte.distributed import ALONE, World
 from halfbyte.errors import HalfbyteError
 
 NAMED_EXAMPLES = 12
@@ -70,10 +71,18 @@ class StepGuard:
         optimizer: Honours grad_scale and found_inf if it says so; any other costs one wait for the device a step.
         max_norm: Gradients are scaled down to this norm; 0 for never.
         scaler: For fp16.
+        world: Whose ranks have the other micro-batches of a step; they stop together.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, max_norm: float, scaler: LossScaler | None = None) -> None:
-        self.optimizer, self.scaler = optimizer, scaler
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        max_norm: float,
+        scaler: LossScaler | None = None,
+        world: World = ALONE,
+    ) -> None:
+        self.optimizer, self.scaler, self.world = optimizer, scaler, world
         self.max_norm = max_norm or math.inf
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         device = self.parameters[0].device
@@ -90,11 +99,11 @@ class StepGuard:
         """Note the loss of a micro-batch of the step numbered `step`, and where its examples came from.
 
         Raises:
-            DivergedError: It is not finite, on a CPU.
+            DivergedError: It is not finite, on a CPU where this is the only rank.
         """
         self._batches.append(_MicroBatch(loss.detach(), origins))
-        if not self.is_late and not math.isfinite(loss.item()):
-            raise _diverged(step, self._batches)
+        if not self.is_late and self.world.size == 1 and not math.isfinite(loss.item()):
+            raise _diverged(step, self._batches, self.world)
 
     def restart_step(self) -> None:
         """Forget the micro-batches that were seen since the last step: they come again."""
@@ -102,12 +111,14 @@ class StepGuard:
 
     @torch.no_grad()
     def close_step(self, step: int) -> torch.Tensor:
-        """Prepare the optimizer for its step, and return the norm of the gradient before clipping.
+        """Add up the ranks' gradients, prepare the optimizer for its step, and return their norm before clipping.
 
         Raises:
             DivergedError: The gradient is not finite, on a CPU; the last step was bad, on a GPU.
         """
         self.finish()
+        if self.world.size > 1:
+            self._add_up()
         grads = [p.grad for p in self.parameters if p.grad is not None]
         scale = torch.ones((), device=self._stopped.device) if self.scaler is None else self.scaler.scale
         norm = torch.nn.utils.get_total_norm(grads) / scale
@@ -115,12 +126,13 @@ class StepGuard:
         overflow = ~norm.isfinite()
         bad = overflow
         if self.scaler is not None:
-            losses_are_finite = torch.stack([batch.loss for batch in batches]).isfinite().all()
-            bad = ~losses_are_finite | (overflow & (scale <= SMALLEST_SCALE))
+            infinite_losses = (~torch.stack([batch.loss for batch in batches]).isfinite()).sum()
+            self.world.add_([infinite_losses])
+            bad = (infinite_losses > 0) | (overflow & (scale <= SMALLEST_SCALE))
             self.scaler.update(overflow)
         self._stopped |= bad
         if not self.is_late and self._stopped:
-            raise _diverged(step, batches)
+            raise _diverged(step, batches, self.world)
         divisor = scale / (self.max_norm / (norm + EPSILON)).clamp(max=1.0)
         self._hand_over(grads, divisor, skip=self._stopped | overflow)
         if self.is_late:
@@ -142,7 +154,15 @@ class StepGuard:
         # The flag was copied a whole step ago: this waits for nothing but a device more than a step behind.
         self._copied.synchronize()
         if self._flag:
-            raise _diverged(step, batches)
+            raise _diverged(step, batches, self.world)
+
+    def _add_up(self) -> None:
+        """Give every rank the sums of all ranks' gradients."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                # A rank whose micro-batches trained nothing.
+                parameter.grad = torch.zeros_like(parameter)
+        self.world.add_([parameter.grad for parameter in self.parameters if parameter.grad is not None])
 
     def _hand_over(self, grads: list[torch.Tensor], divisor: torch.Tensor, *, skip: torch.Tensor) -> None:
         optimizer: Any = self.optimizer
@@ -157,10 +177,12 @@ class StepGuard:
         torch._foreach_div_(grads, divisor)
 
 
-def _diverged(step: int, batches: list[_MicroBatch]) -> DivergedError:
+def _diverged(step: int, batches: list[_MicroBatch], world: World) -> DivergedError:
     bad = [batch for batch in batches if not math.isfinite(batch.loss.item())]
     what = f"loss is {bad[0].loss.item()}" if bad else "gradient is not finite"
     origins = [origin for batch in bad or batches for origin in batch.origins]
+    # Of all ranks, tell of the first whose loss was bad.
+    _, what, origins = min(world.gather([not bad, what, origins]), key=lambda one: one[0])
     named = ", ".join(dict.fromkeys(origins[:NAMED_EXAMPLES])) or "unknown"
     more = f" and {len(origins) - NAMED_EXAMPLES} more" if len(origins) > NAMED_EXAMPLES else ""
     return DivergedError(

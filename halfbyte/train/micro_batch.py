@@ -113,6 +113,7 @@ class MicroBatches:
         batch: Mapping[str, Any],
         *,
         num_items: float | None,
+        seed: int | None = None,
         factor: torch.Tensor | None = None,
         watch: Callable[[torch.Tensor], None] = lambda loss: None,
     ) -> torch.Tensor:
@@ -121,9 +122,12 @@ class MicroBatches:
         Args:
             batch: As the loader gives it.
             num_items: Trained tokens of the whole step.
+            seed: Decides everything that is drawn at random; without it torch's generators go on from where they are.
             factor: Of the loss before its backward, for fp16, which is never recorded.
             watch: Is shown the loss, before the backward where there is no graph.
         """
+        if seed is not None:
+            torch.manual_seed(seed)
         if self.seeds is not None:
             # Drawn on the host: nothing waits, and what is drawn does not depend on whether there is a graph.
             self._base.fill_(int(torch.randint(2**31, (), device="cpu")))

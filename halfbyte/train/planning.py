@@ -15,6 +15,7 @@ from halfbyte.config import RunConfig
 from halfbyte.config.load import load_config as load_run_config
 from halfbyte.config.output import RUN_FILE
 from halfbyte.device import free_bytes, resolve_compute_dtype
+from halfbyte.distributed import World, current_world
 from halfbyte.errors import ConfigError, PlanError
 from halfbyte.memory.activation_policy import Policy
 from halfbyte.memory.cards import CONTEXT_BYTES, Card
@@ -58,7 +59,7 @@ def plan_run(config: RunConfig, device: torch.device) -> PlannedRun:
         PlanError: It does not fit by any plan.
         ConfigError: The model's configuration cannot be read.
     """
-    config = _like_the_run_before(config)
+    config = _share_of_batch(_like_the_run_before(config), current_world())
     card = card_of(device)
     budget = _measure_budget(config, device, card)
     if device.type == "cuda" and config.memory.gpu_bytes is not None:
@@ -93,15 +94,28 @@ def plan_run(config: RunConfig, device: torch.device) -> PlannedRun:
 
 
 def _measure_budget(config: RunConfig, device: torch.device, card: Card) -> Budget:
-    on_host = int(free_bytes(torch.device("cpu")) * USABLE_HOST_SHARE)
+    world = current_world()
+    on_host = int(free_bytes(torch.device("cpu")) * USABLE_HOST_SHARE) // world.local_size
     on_device = 0
     if card.is_gpu:
         # What is free is so beside the context that asking has made.
         on_device = min(free_bytes(device) + CONTEXT_BYTES, card.memory_bytes)
+    # All ranks must come to the same plan, and the poorest decides.
+    on_device, on_host = map(int, world.min(on_device, on_host))
     return Budget(
         device_bytes=min(on_device, config.memory.gpu_bytes or on_device),
         host_bytes=min(on_host, config.memory.host_bytes or on_host),
     )
+
+
+def _share_of_batch(config: RunConfig, world: World) -> RunConfig:
+    """Return the configuration of one rank: train.batch_size is that of all together."""
+    rows = config.train.batch_size
+    if world.size == 1 or rows is None:
+        return config
+    if rows % world.size:
+        raise ConfigError(f"train.batch_size is {rows}, which {world.size} ranks cannot share; choose a multiple")
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=rows // world.size))
 
 
 def _read_shape(config: RunConfig) -> ModelShape:

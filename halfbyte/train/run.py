@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from halfbyte.config import RunConfig, resolve_output_dir
 from halfbyte.config.load import save_run_config
 from halfbyte.device import keep_freed_memory, resolve_device
+from halfbyte.distributed import current_world
 from halfbyte.nn import LoraSpec, adapters_disabled
 from halfbyte.train.callbacks import ProgressLine
 from halfbyte.train.evaluate import HeldOut
@@ -52,7 +53,11 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
     """
     started = time.perf_counter()
     console = console or Console(stderr=True, highlight=False)
+    world = current_world()
+    # A folder that is named by what is there already is named once.
     config = resolve_output_dir(config)
+    (folder_name, *_) = world.gather(config.output_dir)
+    config = dataclasses.replace(config, output_dir=folder_name)
     device = resolve_device(config.model.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -65,7 +70,8 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
     spec, report = attach(loaded.model, config)
     _say(console, report)
     folder = prepare_folder(config)
-    save_run_config(config, folder)
+    if world.is_main:
+        save_run_config(config, folder)
     progress = ProgressLine(console)
     trainer = HalfbyteTrainer(
         loaded.model,
@@ -88,8 +94,11 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
         progress.close()
     comparison = judge.compare(before, judge.ask_tuned())
     summary = make_summary(trainer, report, comparison, seconds=time.perf_counter() - started)
-    summary.save(folder)
-    save_report(make_record(trainer, summary, config=config, folder=folder, data=data.train.report, plan=planned.plan))
+    if world.is_main:
+        summary.save(folder)
+        save_report(
+            make_record(trainer, summary, config=config, folder=folder, data=data.train.report, plan=planned.plan)
+        )
     print_summary(console, summary, folder)
     loaded.model.eval()
     return RunResult(output_dir=folder, model=loaded.model, tokenizer=loaded.tokenizer, summary=summary)

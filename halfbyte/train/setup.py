@@ -24,6 +24,7 @@ from halfbyte.data import (
     split_held_out,
     token_spans,
 )
+from halfbyte.distributed import current_world
 from halfbyte.errors import ConfigError
 from halfbyte.models import LoadedModel, load_model
 from halfbyte.models.adapter_config import read_adapter_config, spec_from_adapter_config
@@ -69,6 +70,8 @@ def prepare_folder(config: RunConfig) -> Path:
     """Make the output folder, and empty it of an old run where that is to be replaced."""
     assert config.output_dir is not None
     folder = Path(config.output_dir)
+    if not current_world().is_main:
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".checkpoint-*.tmp"):
         shutil.rmtree(leftover)

@@ -31,6 +31,7 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Prog
 
 from halfbyte.data.examples import TokenizedExample
 from halfbyte.device import keep_freed_memory
+from halfbyte.distributed import current_world
 from halfbyte.errors import ConfigError
 from halfbyte.models.adapter_files import save_adapter
 from halfbyte.models.fused_layers import fuse_layers_
@@ -60,6 +61,7 @@ from halfbyte.train.loss import LossPath
 from halfbyte.train.meter import Meter
 from halfbyte.train.micro_batch import MicroBatches
 from halfbyte.train.options import DEFAULT_OPTIONS, TrainerOptions
+from halfbyte.train.ranks import agree_on_run, seed_of_micro_batch
 from halfbyte.train.relief import Relief
 
 
@@ -103,6 +105,7 @@ class HalfbyteTrainer(Trainer):
     ) -> None:
         refuse_ignored(others)
         check_model(model, args)
+        self.world = current_world()
         note = honour_precision_(model, args)
         self.options = options
         self.base_model = options.base_model or model.config._name_or_path
@@ -113,10 +116,13 @@ class HalfbyteTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[FlowCallback(), *_with_progress(callbacks, args)],
+            callbacks=[FlowCallback(), *_with_progress(callbacks, args, is_heard=self.world.is_main)],
             **others,
         )
         self.notes = [] if note is None else [note]
+        if self.world.size > 1:
+            self.notes.append(f"{self.world}; each takes its turn of the batches")
+            self.world.copy_from_main_([parameter.data for parameter in model.parameters() if parameter.requires_grad])
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         for callback in self.callback_handler.callbacks:
@@ -137,6 +143,7 @@ class HalfbyteTrainer(Trainer):
         prove = prove_causality if options.row_tokens is None else prove_isolation
         prove(model)
         self.guard: StepGuard | None = None
+        self._step_micro_batches = 0
         self.scaler = LossScaler(self.model_device) if compute_dtype_of(model) == torch.float16 else None
         self._trainable_count, self._total_count = count_parameters(model)
         self._choose_activations(args, is_fused=fusion is not None and fusion.num_fused > 0)
@@ -175,6 +182,7 @@ class HalfbyteTrainer(Trainer):
             self.batch_options(),
             batch_size=self.args.per_device_train_batch_size,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            world=self.world,
             drop_last=self.args.dataloader_drop_last,
             num_workers=self.args.dataloader_num_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
@@ -183,7 +191,8 @@ class HalfbyteTrainer(Trainer):
         )
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> int:
-        return max(sum(batch["num_trained"] for batch in batch_samples), 1)
+        (num_trained,) = self.world.sum(sum(batch["num_trained"] for batch in batch_samples))
+        return max(int(num_trained), 1)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """Leave the model where it was loaded."""
@@ -205,7 +214,7 @@ class HalfbyteTrainer(Trainer):
             )
         # A second train() finds the optimizer in accelerate's wrapper, which hands no flags on.
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        self.guard = StepGuard(inner, max_norm=self.args.max_grad_norm, scaler=self.scaler)
+        self.guard = StepGuard(inner, max_norm=self.args.max_grad_norm, scaler=self.scaler, world=self.world)
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -215,8 +224,15 @@ class HalfbyteTrainer(Trainer):
         self.meter.count(inputs)
         see = functools.partial(self.guard.see_loss, origins=inputs["origins"], step=self.state.global_step + 1)
         factor = None if self.scaler is None else self.scaler.scale
+        turn = self.state.global_step * self.args.gradient_accumulation_steps + self._step_micro_batches
+        self._step_micro_batches += 1
         return self.relief.run(
-            inputs, num_items=num_items_in_batch, factor=factor, watch=see, again=self.guard.restart_step
+            inputs,
+            num_items=num_items_in_batch,
+            seed=seed_of_micro_batch(self.args.seed, turn * self.world.size + self.world.rank),
+            factor=factor,
+            watch=see,
+            again=self.guard.restart_step,
         )
 
     def compute_loss(
@@ -233,6 +249,7 @@ class HalfbyteTrainer(Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         assert self.guard is not None
         self.meter.num_steps += 1
+        self._step_micro_batches = 0
         self.relief.close_step()
         return self.guard.close_step(self.state.global_step + 1)
 
@@ -250,6 +267,8 @@ class HalfbyteTrainer(Trainer):
         """
         if self.model_device.type == "cpu":
             keep_freed_memory()
+        if self.world.size > 1:
+            agree_on_run(self.world, self._run_state())
         if self.options.row_tokens is None and self.train_dataset:
             self.model.train()
             self.relief.rehearse(
@@ -269,8 +288,13 @@ class HalfbyteTrainer(Trainer):
         return result
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for name in {"loss", "train_loss"} & logs.keys():
+            # Each rank has seen its share of the sum.
+            (logs[name],) = self.world.sum(logs[name])
         if "loss" in logs:
-            logs |= self.meter.read()
+            speed = self.meter.read()
+            memory = speed.pop("memory_gib")
+            logs |= dict(zip(speed, self.world.sum(*speed.values()), strict=True)) | {"memory_gib": memory}
         super().log(logs, start_time)
 
     def evaluate(
@@ -298,8 +322,9 @@ class HalfbyteTrainer(Trainer):
         if not examples:
             raise ConfigError("evaluation needs held-out examples; give eval_dataset")
         with self.meter.paused():
-            batches = iter_batches(examples, self.batch_options(), batch_size=self.args.per_device_eval_batch_size)
-            return evaluate_loss(self.model, batches, loss_path=self.loss_path)
+            rows = self.args.per_device_eval_batch_size
+            batches = iter_batches(examples, self.batch_options(), batch_size=rows, world=self.world)
+            return evaluate_loss(self.model, batches, loss_path=self.loss_path, world=self.world)
 
     def describe_plan(self) -> str:
         """Say how many steps there will be, and what each of them holds."""
@@ -309,6 +334,7 @@ class HalfbyteTrainer(Trainer):
         steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
         kind = f"rows of {self.options.row_tokens} tokens" if self.options.row_tokens else "padded examples"
         times = f"{args.gradient_accumulation_steps} x " if args.gradient_accumulation_steps > 1 else ""
+        times += f"{self.world.size} ranks x " if self.world.size > 1 else ""
         return (
             f"run: {steps} steps ({steps / per_epoch:.3g} epochs of {per_epoch}), each of "
             f"{times}{args.per_device_train_batch_size} {kind}; {optimizer}, learning rate {args.learning_rate:g}, "
@@ -328,7 +354,9 @@ class HalfbyteTrainer(Trainer):
         raise ConfigError("predict() would hold all logits; use evaluate(), or halfbyte.models.generate")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write adapter and tokenizer."""
+        """Write adapter and tokenizer, where this is the first rank."""
+        if not self.world.is_main:
+            return
         folder = Path(output_dir or self.args.output_dir)
         save_adapter(self.model, folder, base_model=self.base_model, spec=self.lora)
         if self.processing_class is not None:
@@ -342,16 +370,23 @@ class HalfbyteTrainer(Trainer):
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-        with self.meter.paused(), files.write_folder(folder) as temporary:
-            self.save_model(str(temporary))
-            torch.save(self.optimizer.state_dict(), temporary / files.OPTIMIZER_FILE)
-            torch.save(self.lr_scheduler.state_dict(), temporary / files.SCHEDULER_FILE)
-            torch.save(files.read_random_state(self.model_device), temporary / files.RANDOM_FILE)
-            if self.scaler is not None:
-                torch.save(self.scaler.state_dict(), temporary / files.SCALER_FILE)
-            (temporary / files.RUN_STATE_FILE).write_text(json.dumps(self._run_state(), indent=1))
-            self.state.save_to_json(str(temporary / "trainer_state.json"))
-        files.remove_old_checkpoints(run_dir, keep=self.args.save_total_limit, best=self.state.best_model_checkpoint)
+        with self.meter.paused():
+            if self.world.is_main:
+                with files.write_folder(folder) as temporary:
+                    self._write_checkpoint(temporary)
+                best = self.state.best_model_checkpoint
+                files.remove_old_checkpoints(run_dir, keep=self.args.save_total_limit, best=best)
+            self.world.wait()
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        self.save_model(str(folder))
+        torch.save(self.optimizer.state_dict(), folder / files.OPTIMIZER_FILE)
+        torch.save(self.lr_scheduler.state_dict(), folder / files.SCHEDULER_FILE)
+        torch.save(files.read_random_state(self.model_device), folder / files.RANDOM_FILE)
+        if self.scaler is not None:
+            torch.save(self.scaler.state_dict(), folder / files.SCALER_FILE)
+        (folder / files.RUN_STATE_FILE).write_text(json.dumps(self._run_state(), indent=1))
+        self.state.save_to_json(str(folder / "trainer_state.json"))
 
     def _run_state(self) -> dict[str, Any]:
         """Return what must be the same for a run to be continued."""
@@ -359,7 +394,8 @@ class HalfbyteTrainer(Trainer):
             "data": self._data_fingerprint,
             "row_tokens": self.options.row_tokens,
             "per_device_train_batch_size": self.args.per_device_train_batch_size,
-            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            # Of all ranks together: n ranks take at once what one takes in n turns.
+            "micro_batches_per_step": self.args.gradient_accumulation_steps * self.world.size,
             "seed": self.args.seed,
             "optim": str(getattr(self.args.optim, "value", self.args.optim)),
         }
@@ -390,8 +426,10 @@ class HalfbyteTrainer(Trainer):
             files.restore_random_state(state, self.model_device)
 
 
-def _with_progress(callbacks: Sequence[TrainerCallback], args: HalfbyteArguments) -> list[TrainerCallback]:
+def _with_progress(
+    callbacks: Sequence[TrainerCallback], args: HalfbyteArguments, *, is_heard: bool
+) -> list[TrainerCallback]:
     """Add a progress line in place of transformers' own, unless there is one or none is wanted."""
-    if args.disable_tqdm or any(isinstance(callback, ProgressLine) for callback in callbacks):
+    if not is_heard or args.disable_tqdm or any(isinstance(callback, ProgressLine) for callback in callbacks):
         return list(callbacks)
     return [*callbacks, ProgressLine(Console(stderr=True, highlight=False))]
