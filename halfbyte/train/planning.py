@@ -175,11 +175,16 @@ def _like_the_run_before(config: RunConfig) -> RunConfig:
     path = Path(config.output_dir) / RUN_FILE
     if not path.exists():
         return config
-    before = load_run_config(path).train
+    rows, ranks = load_run_config(path).train.per_device_train_batch_size, current_world().size
+    if config.train.batch_size % (rows * ranks):
+        raise ConfigError(
+            f"train.batch_size is {config.train.batch_size}, and the run to go on with has micro-batches of {rows} "
+            f"rows, which {ranks} ranks cannot share evenly; resume with fewer ranks"
+        )
     train = dataclasses.replace(
         config.train,
         batch_size=None,
-        per_device_train_batch_size=before.per_device_train_batch_size,
-        gradient_accumulation_steps=before.gradient_accumulation_steps,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=config.train.batch_size // (rows * ranks),
     )
     return dataclasses.replace(config, train=train)

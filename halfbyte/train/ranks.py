@@ -28,8 +28,17 @@ class RankReport:
 
     rank: int
     device: str
+    num_tokens: int
+    num_trained_tokens: int
     tokens_per_second: float
-    peak_memory_gib: float
+    trained_tokens_per_second: float
+    peak_memory_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"rank {self.rank}: {self.tokens_per_second:,.0f} tokens/s, peak memory "
+            f"{self.peak_memory_bytes / 2**30:.2f} GiB on {self.device}"
+        )
 
 
 def seed_of_micro_batch(seed: int, number: int) -> int:
@@ -63,7 +72,10 @@ def report_ranks(world: World, meter: Meter) -> list[RankReport]:
     mine = {
         "rank": world.rank,
         "device": name,
-        "tokens_per_second": round(meter.tokens_per_second, 1),
-        "peak_memory_gib": round(peak_memory_bytes(device) / 2**30, 2),
+        "num_tokens": meter.num_tokens,
+        "num_trained_tokens": meter.num_trained_tokens,
+        "tokens_per_second": meter.tokens_per_second,
+        "trained_tokens_per_second": meter.trained_tokens_per_second,
+        "peak_memory_bytes": peak_memory_bytes(device),
     }
     return [RankReport(**one) for one in world.gather(mine)]

@@ -17,12 +17,12 @@ PROGRAM = REPOSITORY / "tests" / "distributed" / "train_tiny.py"
 RELATIVE = 10 * 4 * torch.finfo(torch.float32).eps
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_several_ranks_train_as_one_with_more_accumulation(tmp_path: Path, ranks: int) -> None:
-    done = torchrun(ranks, [PROGRAM, tmp_path / "out.pt", *SCENARIOS])
+@pytest.mark.parametrize(("ranks", "names"), [(2, tuple(SCENARIOS)), (4, ("uneven", "packed"))])
+def test_several_ranks_train_as_one_with_more_accumulation(tmp_path: Path, ranks: int, names: tuple[str, ...]) -> None:
+    done = torchrun(ranks, [PROGRAM, tmp_path / "out.pt", *names])
     assert done.code == 0, done.output
     together = torch.load(tmp_path / "out.pt", weights_only=True)
-    for name in SCENARIOS:
+    for name in names:
         alone, shared = run_scenario(name, tmp_path / name.replace(" ", "-")), together[name]
         for figure in ("loss", "grad_norm"):
             assert [step for step, _ in shared[figure]] == [step for step, _ in alone[figure]], name

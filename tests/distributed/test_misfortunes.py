@@ -1,0 +1,107 @@
+"""What goes wrong among ranks is named, ends all of them, and costs only the steps since the last checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from halfbyte.distributed import WorldError, joining
+from tests.cli.conftest import write_examples
+from tests.distributed.torchrun import REPOSITORY, free_port, start_torchrun, torchrun
+from tests.train.tiny import build_tiny, build_tokenizer
+
+PROGRAM = REPOSITORY / "tests" / "distributed" / "misfortunes.py"
+
+
+def test_ranks_that_do_not_fit_together_or_meet_a_nan_stop_together() -> None:
+    done = torchrun(2, [PROGRAM])
+    assert done.code == 0, done.output
+    lines = [line for line in done.output.splitlines() if line.startswith("with_")]
+    assert len(lines) == 6, done.output
+    for rank in (0, 1):
+        told = {line.partition(" ")[0]: line for line in lines if f"rank {rank} " in line}
+        assert "WorldError" in told["with_other_data"]
+        assert "ranks differ in data" in told["with_other_data"]
+        assert "ranks differ in seed: rank 0 has 0, rank 1 has 1" in told["with_other_seed"]
+        # Both name the examples of the rank that met it, and the first keeps the adapter.
+        assert "DivergedError" in told["with_a_poisoned_rank"]
+        assert "step 1: the loss is nan. The batch holds examples.jsonl:" in told["with_a_poisoned_rank"]
+        assert ("adapter_model.safetensors" in told["with_a_poisoned_rank"]) == (rank == 0)
+    named = {line.partition("The batch holds")[2] for line in lines if "poisoned" in line}
+    assert len({text.partition(". ")[0] for text in named}) == 1
+
+
+def test_a_killed_rank_ends_the_others_and_the_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    model, folder = tmp_path / "tiny", tmp_path / "killed"
+    build_tiny("llama").save_pretrained(model)
+    build_tokenizer().save_pretrained(model)
+    data = write_examples(tmp_path / "tickets.jsonl", range(24))
+    options = ["--data.max_length=32", "--train.batch_size=8", "--train.per_device_train_batch_size=2"]
+    options += ["--train.save_steps=2", "--train.num_samples=0", "--data.held_out_fraction=0", "--model.device=cpu"]
+    # A schedule that does not depend on how many steps there will be.
+    options += ["--train.lr_scheduler_type=constant", "--train.warmup_ratio=0"]
+    words = ["-m", "halfbyte", "train", model, data, *options]
+    with start_torchrun(2, [*words, "--train.max_steps=400", "--output", folder]) as process:
+        wait_for(lambda: (folder / "checkpoint-4").exists())
+        victim = max(children_of(process.pid))
+        os.kill(victim, signal.SIGKILL)
+        killed = time.monotonic()
+        output, _ = process.communicate(timeout=60)
+        assert time.monotonic() - killed < 60
+    assert process.returncode != 0
+    assert "lost another rank" in output or f"pid: {victim}" in output.replace("(pid ", "pid: ")
+    before = {path.name for path in folder.glob("checkpoint-*")}
+    assert before
+    # On one rank instead of two, which is exact: its steps hold the same micro-batches.
+    last = max(int(name.partition("-")[2]) for name in before)
+    done = torchrun(1, [*words, f"--train.max_steps={last + 4}", "--output", folder, "--resume"])
+    assert done.code == 0, done.output
+    whole = torchrun(1, [*words, f"--train.max_steps={last + 4}", "--output", tmp_path / "whole"])
+    assert whole.code == 0, whole.output
+    resumed, uninterrupted = (load_file(one / "adapter_model.safetensors") for one in (folder, tmp_path / "whole"))
+    for name, value in uninterrupted.items():
+        assert torch.allclose(resumed[name], value, rtol=1e-4, atol=1e-6), name
+
+
+def test_an_environment_that_cannot_be_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "5", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(WorldError, match="rank 5 of 2"):
+        joining.enter_world(on_cpu=True)
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(WorldError, match="torchrun --nproc-per-node=N"):
+        joining.enter_world(on_cpu=True)
+
+
+def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", free_port()))
+        taken.listen()
+        values = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+        values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(WorldError, match="Is the port in use by another run"):
+            joining.enter_world(on_cpu=True)
+
+
+def wait_for(condition: object, *, seconds: float = 120) -> None:
+    """Wait until a condition holds."""
+    assert callable(condition)
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the processes that a process has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
