@@ -145,11 +145,14 @@ class LedgerMaker:
             slots = min(choice.slots, choice.streamed_blocks)
             at_home = min(READ_BUFFERS, choice.streamed_blocks) if choice.spills else choice.streamed_blocks
             note = f", {at_home} buffers on the host, the rest in files" if choice.spills else ""
+            # Buffers are a rank's own; memory to be read from is there once for all of a host.
+            sharers = 1 if choice.spills else self.run.host_ranks
+            note += f", one copy for {sharers} ranks" if sharers > 1 else ""
             entries.append(
                 Entry(
                     f"{what} of {choice.streamed_blocks} blocks that visit it",
                     slots * self.slab_bytes,
-                    at_home * self.slab_bytes,
+                    at_home * self.slab_bytes // sharers,
                     f"{slots} slots on the device{note}",
                 )
             )

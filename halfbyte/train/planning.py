@@ -15,14 +15,21 @@ from halfbyte.config import RunConfig
 from halfbyte.config.load import load_config as load_run_config
 from halfbyte.config.output import RUN_FILE
 from halfbyte.device import free_bytes, resolve_compute_dtype
-from halfbyte.distributed import World, current_world
+from halfbyte.distributed import current_world
 from halfbyte.errors import ConfigError, PlanError
 from halfbyte.memory.activation_policy import Policy
 from halfbyte.memory.cards import CONTEXT_BYTES, Card
 from halfbyte.memory.model_shape import ModelShape
 from halfbyte.memory.plan import Budget, MemoryPlan, Pins, make_plan
 from halfbyte.memory.plan_text import show_plan, size_of, why_nothing_fits
-from halfbyte.memory.request import batch_rows_of, has_expandable_segments, pins_of, planned_config, run_shape_of
+from halfbyte.memory.request import (
+    batch_rows_of,
+    has_expandable_segments,
+    pins_of,
+    planned_config,
+    run_shape_of,
+    share_of_batch,
+)
 from halfbyte.memory.this_machine import card_of
 from halfbyte.models.shape import read_shape
 from halfbyte.models.streaming import Residency
@@ -59,7 +66,8 @@ def plan_run(config: RunConfig, device: torch.device) -> PlannedRun:
         PlanError: It does not fit by any plan.
         ConfigError: The model's configuration cannot be read.
     """
-    config = _share_of_batch(_like_the_run_before(config), current_world())
+    world = current_world()
+    config = share_of_batch(_like_the_run_before(config), world.size)
     card = card_of(device)
     budget = _measure_budget(config, device, card)
     if device.type == "cuda" and config.memory.gpu_bytes is not None:
@@ -73,6 +81,8 @@ def plan_run(config: RunConfig, device: torch.device) -> PlannedRun:
             compute_bytes=4 if computing.itemsize == 4 else 2,
             expandable_segments=has_expandable_segments(),
             is_fusable=shape.is_fusable,
+            ranks=world.size,
+            host_ranks=world.local_size,
         )
     except PlanError as error:
         return _unplanned(config, str(error))
@@ -106,16 +116,6 @@ def _measure_budget(config: RunConfig, device: torch.device, card: Card) -> Budg
         device_bytes=min(on_device, config.memory.gpu_bytes or on_device),
         host_bytes=min(on_host, config.memory.host_bytes or on_host),
     )
-
-
-def _share_of_batch(config: RunConfig, world: World) -> RunConfig:
-    """Return the configuration of one rank: train.batch_size is that of all together."""
-    rows = config.train.batch_size
-    if world.size == 1 or rows is None:
-        return config
-    if rows % world.size:
-        raise ConfigError(f"train.batch_size is {rows}, which {world.size} ranks cannot share; choose a multiple")
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=rows // world.size))
 
 
 def _read_shape(config: RunConfig) -> ModelShape:

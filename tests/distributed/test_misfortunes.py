@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from halfbyte.distributed import WorldError, joining
 from tests.cli.conftest import write_examples
+from tests.distributed.test_ranks import RELATIVE
 from tests.distributed.torchrun import REPOSITORY, free_port, start_torchrun, torchrun
 from tests.train.tiny import build_tiny, build_tokenizer
 
@@ -44,8 +44,9 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_from_its_checkpoint(t
     data = write_examples(tmp_path / "tickets.jsonl", range(24))
     options = ["--data.max_length=32", "--train.batch_size=8", "--train.per_device_train_batch_size=2"]
     options += ["--train.save_steps=2", "--train.num_samples=0", "--data.held_out_fraction=0", "--model.device=cpu"]
-    # A schedule that does not depend on how many steps there will be.
-    options += ["--train.lr_scheduler_type=constant", "--train.warmup_ratio=0"]
+    # A schedule that does not depend on how many steps there will be, and moments that do not round to 8 bits: there a
+    # last bit more or less can become a whole code.
+    options += ["--train.lr_scheduler_type=constant", "--train.warmup_ratio=0", "--train.optim=adamw_torch"]
     words = ["-m", "halfbyte", "train", model, data, *options]
     with start_torchrun(2, [*words, "--train.max_steps=400", "--output", folder]) as process:
         wait_for(lambda: (folder / "checkpoint-4").exists())
@@ -66,7 +67,8 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_from_its_checkpoint(t
     assert whole.code == 0, whole.output
     resumed, uninterrupted = (load_file(one / "adapter_model.safetensors") for one in (folder, tmp_path / "whole"))
     for name, value in uninterrupted.items():
-        assert torch.allclose(resumed[name], value, rtol=1e-4, atol=1e-6), name
+        # Sums in another order, over some ten steps; see test_ranks.
+        assert (resumed[name] - value).norm() < RELATIVE * value.norm(), name
 
 
 def test_an_environment_that_cannot_be_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

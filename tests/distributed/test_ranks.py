@@ -17,7 +17,7 @@ PROGRAM = REPOSITORY / "tests" / "distributed" / "train_tiny.py"
 RELATIVE = 10 * 4 * torch.finfo(torch.float32).eps
 
 
-@pytest.mark.parametrize(("ranks", "names"), [(2, tuple(SCENARIOS)), (4, ("uneven", "packed"))])
+@pytest.mark.parametrize(("ranks", "names"), [(2, tuple(SCENARIOS)), (4, ("uneven", "packed", "streamed"))])
 def test_several_ranks_train_as_one_with_more_accumulation(tmp_path: Path, ranks: int, names: tuple[str, ...]) -> None:
     done = torchrun(ranks, [PROGRAM, tmp_path / "out.pt", *names])
     assert done.code == 0, done.output
@@ -28,6 +28,10 @@ def test_several_ranks_train_as_one_with_more_accumulation(tmp_path: Path, ranks
             assert [step for step, _ in shared[figure]] == [step for step, _ in alone[figure]], name
             theirs, ours = ([value for _, value in one[figure]] for one in (shared, alone))
             assert theirs == pytest.approx(ours, rel=RELATIVE), (name, figure)
+        if name == "streamed":
+            # One memory a block, the same for all.
+            assert [len(inodes) for inodes in shared["shared"]] == [2] * ranks
+            assert len({tuple(inodes) for inodes in shared["shared"]}) == 1
         assert shared["held_out"] == pytest.approx(alone["held_out"], rel=RELATIVE), name
         for path, value in alone["values"].items():
             difference = (shared["values"][path] - value).norm() / value.norm().clamp(min=1e-12)
