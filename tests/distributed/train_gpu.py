@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from halfbyte.device import default_device
 from halfbyte.distributed import current_world, join_world
 from halfbyte.models.attention import PACKED_ATTENTION, register_packed_attention
-from halfbyte.models.build import build_meta_model
 from halfbyte.models.streaming import stream_blocks_
 from halfbyte.nn import LoraSpec, attach_adapters, quantize_linears_
 from halfbyte.quant import QuantSpec
@@ -38,9 +37,9 @@ def build_model(device: torch.device) -> PreTrainedModel:
     """Return the same random model on every rank, in 4 bits, with adapters."""
     register_packed_attention()
     torch.manual_seed(0)
-    model = build_meta_model(LlamaConfig(**CONFIG), dtype=torch.bfloat16, attn_implementation=PACKED_ATTENTION)
-    model.to_empty(device="cpu").init_weights()
-    model.to(device)
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(**CONFIG), dtype=torch.bfloat16, attn_implementation=PACKED_ATTENTION
+    ).to(device)
     quantize_linears_(model, QuantSpec())
     attach_adapters(model, LoraSpec(rank=16, dropout=0.1, seed=0))
     return model
