@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.cli.arguments import CommandParser, add_override
-from halfbyte.cli.planned import describe_run, find_shape
+from halfbyte.cli.planned import describe_run, find_shape, take_gpus
 from halfbyte.config import DataSection, LoraSection, MemorySection, ModelSection, QuantSection, RunConfig, TrainSection
 from halfbyte.config.load import make_section, parse_overrides, read_yaml
 from halfbyte.config.memory import parse_size
-from halfbyte.errors import ConfigError
 
 if TYPE_CHECKING:
     from halfbyte.memory.cards import Card
@@ -45,7 +44,7 @@ def add_arguments(parser: CommandParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config, ranks = _read_config(args), _take_gpus(args)
+    config, ranks = _read_config(args), take_gpus(args)
     card = _find_card(args, config)
 
     from halfbyte.memory.plan import Budget, make_plan
@@ -95,16 +94,6 @@ def _read_config(args: argparse.Namespace) -> RunConfig:
     train: TrainSection = make_section("train", values)
     memory: MemorySection = make_section("memory", values)
     return RunConfig(model=model, data=data, quant=quant, lora=lora, train=train, memory=memory)
-
-
-def _take_gpus(args: argparse.Namespace) -> int:
-    """Return how many cards --gpus names, and leave the one card to --gpu."""
-    if args.gpus is None:
-        return 1
-    count, _, args.gpu = args.gpus.partition("x")
-    if not (count.isdecimal() and int(count) and args.gpu):
-        raise ConfigError(f'--gpus is {args.gpus!r}; write a number and a card, such as 2x24GiB or 4x"RTX 4090"')
-    return int(count)
 
 
 def _find_card(args: argparse.Namespace, config: RunConfig) -> Card:

@@ -337,7 +337,7 @@ def slack_bytes(shape: ModelShape, run: RunShape, tokens: int) -> int:
     Qwen2.5-7B's, 3.9 on Qwen3-4B's.
     """
     hidden = tokens * shape.width * run.compute_bytes
-    return 100 * MIB + 2 * hidden if run.expandable_segments else 224 * MIB + 8 * hidden
+    return 120 * MIB + 2 * hidden if run.expandable_segments else 224 * MIB + 8 * hidden
 
 
 def _aligned(num_bytes: int) -> int:

@@ -42,13 +42,15 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_from_its_checkpoint(t
     build_tiny("llama").save_pretrained(model)
     build_tokenizer().save_pretrained(model)
     data = write_examples(tmp_path / "tickets.jsonl", range(24))
-    options = ["--data.max_length=32", "--train.batch_size=8", "--train.per_device_train_batch_size=2"]
+    options = ["--data.max_length=32", "--train.per_device_train_batch_size=2"]
     options += ["--train.save_steps=2", "--train.num_samples=0", "--data.held_out_fraction=0", "--model.device=cpu"]
     # A schedule that does not depend on how many steps there will be, and moments that do not round to 8 bits: there a
     # last bit more or less can become a whole code.
     options += ["--train.lr_scheduler_type=constant", "--train.warmup_ratio=0", "--train.optim=adamw_torch"]
     words = ["-m", "halfbyte", "train", model, data, *options]
-    with start_torchrun(2, [*words, "--train.max_steps=400", "--output", folder]) as process:
+    # One rank takes in four turns what two take in two.
+    turns = "--train.gradient_accumulation_steps"
+    with start_torchrun(2, [*words, f"{turns}=2", "--train.max_steps=400", "--output", folder]) as process:
         wait_for(lambda: (folder / "checkpoint-4").exists())
         victim = max(children_of(process.pid))
         os.kill(victim, signal.SIGKILL)
@@ -61,9 +63,10 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_from_its_checkpoint(t
     assert before
     # On one rank instead of two, which is exact: its steps hold the same micro-batches.
     last = max(int(name.partition("-")[2]) for name in before)
-    done = torchrun(1, [*words, f"--train.max_steps={last + 4}", "--output", folder, "--resume"])
+    words += [f"{turns}=4", f"--train.max_steps={last + 4}"]
+    done = torchrun(1, [*words, "--output", folder, "--resume"])
     assert done.code == 0, done.output
-    whole = torchrun(1, [*words, f"--train.max_steps={last + 4}", "--output", tmp_path / "whole"])
+    whole = torchrun(1, [*words, "--output", tmp_path / "whole"])
     assert whole.code == 0, whole.output
     resumed, uninterrupted = (load_file(one / "adapter_model.safetensors") for one in (folder, tmp_path / "whole"))
     for name, value in uninterrupted.items():

@@ -75,7 +75,7 @@ def train(*, streamed: bool) -> dict[str, Any]:
         "values": {name: value.cpu() for name, value in trained_values(model).items()},
         "loss": logged(trainer),
         "backend": world.backend,
-        "device": torch.cuda.get_device_properties(device).uuid.bytes.hex(),
+        "device": str(torch.cuda.get_device_properties(device).uuid),
         "notes": trainer.notes,
     }
 
