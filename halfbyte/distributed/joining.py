@@ -11,7 +11,7 @@ import datetime
 import os
 from collections.abc import Iterator
 
-from halfbyte.distributed.world import ALONE, World, WorldError
+from halfbyte.distributed.world import ALONE, World, WorldError, shorten
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
@@ -48,7 +48,10 @@ def join_world(*, on_cpu: bool = False) -> Iterator[World]:
 
 def enter_world(*, on_cpu: bool = False) -> World:
     """Join, and stay; see `join_world`."""
-    if _joined or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _joined or "WORLD_SIZE" not in os.environ:
+        return current_world()
+    if os.environ["WORLD_SIZE"] == "1":
+        _forget_environment()
         return current_world()
     rank, size, local_rank, local_size = _read_environment()
     import torch
@@ -63,13 +66,11 @@ def enter_world(*, on_cpu: bool = False) -> World:
         dist.init_process_group(backend, init_method="env://", rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        reason = str(error).splitlines()[0]
         raise WorldError(
-            f"rank {rank} of {size} cannot meet the others at {where}: {reason}. Is the port in use by another run "
-            "(torchrun --rdzv-endpoint=HOST:PORT chooses one), and does every host reach it?"
+            f"rank {rank} of {size} cannot meet the others at {where}: {shorten(error)}. Is the port in use by another "
+            "run (torchrun --rdzv-endpoint=HOST:PORT chooses one), and does every host reach it?"
         ) from error
-    for name in VARIABLES:
-        os.environ.pop(name, None)
+    _forget_environment()
     _joined.append(
         World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, backend=backend.rpartition(":")[2])
     )
@@ -97,6 +98,11 @@ def _read_environment() -> tuple[int, ...]:
     if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
         raise WorldError(f"rank {rank} of {size}, {local_rank} of {local_size} here: such a world cannot be")
     return rank, size, local_rank, local_size
+
+
+def _forget_environment() -> None:
+    for name in VARIABLES:
+        os.environ.pop(name, None)
 
 
 def _choose_gpu(local_rank: int) -> None:

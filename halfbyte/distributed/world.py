@@ -20,6 +20,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -159,14 +160,19 @@ class World:
             # torch's errors of memory are RuntimeErrors too.
             if type(error).__name__ == "OutOfMemoryError":
                 raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise WorldError(
                 f"rank {self.rank} of {self.size} lost another rank while {purpose}: its own message says why "
-                f"({reason}). Checkpoints are whole: start all ranks again to go on from the last one"
+                f"({shorten(error)}). Checkpoints are whole: start all ranks again to go on from the last one"
             ) from error
 
 
 ALONE = World()
+
+
+def shorten(error: BaseException) -> str:
+    """Return what a library's error says, without where in its sources and what it guesses."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return re.sub(r"^\[\S*\]\s*", "", lines[0]).partition(". ")[0]
 
 
 def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
 
 from halfbyte.distributed import current_world
 from halfbyte.errors import ConfigError
@@ -108,9 +109,9 @@ class HalfbyteArguments(TrainingArguments):
             value = getattr(self, name, None)
             if not fits(value):
                 raise ConfigError(f"{name}={value!r} cannot be honoured: {why}; leave it out")
-        if self.world_size > 1:
+        if self.parallel_mode == ParallelMode.DISTRIBUTED:
             raise ConfigError(
-                f"{self.world_size} processes were started, but have not joined; call halfbyte.join_world() first"
+                "torchrun has started this process, which has not joined; call halfbyte.join_world() first"
             )
 
     def set_checkpointing(self, on: bool) -> None:

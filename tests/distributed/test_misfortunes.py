@@ -94,7 +94,7 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
         for name, value in values.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(WorldError, match="Is the port in use by another run"):
+        with pytest.raises(WorldError, match="Is the port in use by another"):
             joining.enter_world(on_cpu=True)
 
 
