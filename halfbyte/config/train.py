@@ -95,7 +95,7 @@ class TrainSection:
     save_total_limit: int | None = option(2, minimum=1)
     """Checkpoints kept, the newest. none: all."""
     report_to: tuple[str, ...] = ("tensorboard",)
-    """Loggers by their transformers names (tensorboard, wandb, ...). none: no logger."""
+    """Loggers by their transformers names (tensorboard, wandb, mlflow, trackio, ...). none: no logger."""
     seed: int = option(42, minimum=0)
     """Of adapters, data order and dropout."""
     dataloader_num_workers: int = option(0, minimum=0)

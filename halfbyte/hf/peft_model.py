@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.errors import ConfigError
 from halfbyte.export import merge_in_place
+from halfbyte.hf.peft_class import AdaptedModel
 from halfbyte.hf.said import refuse_unless_default, say
 from halfbyte.models import load_adapter, read_adapter_config, save_adapter, spec_from_adapter_config
 from halfbyte.nn import AdapterReport, LoraSpec, adapters_disabled, attach_adapters
@@ -112,16 +113,15 @@ class LoraConfig:
 PeftConfig = LoraConfig
 
 
-class PeftModel(nn.Module):
+class PeftModel(AdaptedModel):
     """A causal language model with adapters; `base_model.model` is the transformers model itself.
 
-    Attributes that are not its own are those of the transformers model (`config`, `device`, `generate` ...).
+    Attributes that are not its own are those of the transformers model (`config`, `device`, `generate` ...). Other
+    trainers than ours take it as they take PEFT's own, see `halfbyte.hf.peft_class`.
     """
 
     def __init__(self, model: PreTrainedModel, config: LoraConfig, report: AdapterReport) -> None:
-        super().__init__()
-        self.base_model = _LoraModel(model)
-        self.peft_config = {"default": config}
+        AdaptedModel.__init__(self, _LoraModel(model), config)
         self.report = report
 
     @classmethod
@@ -150,20 +150,9 @@ class PeftModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model(*args, **kwargs)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":
-                raise
-            return getattr(self.base_model.model, name)
-
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' generate with the adapter applied, unmerged."""
         return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
-
-    def get_base_model(self) -> PreTrainedModel:
-        return self.base_model.model
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         return self.report.trainable_parameters, self.report.total_parameters
@@ -182,13 +171,22 @@ class PeftModel(nn.Module):
             yield
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write adapter_config.json and adapter_model.safetensors."""
-        refuse_unless_default(
-            "PeftModel.save_pretrained", kwargs, {**dict.fromkeys(kwargs), "safe_serialization": True}
-        )
+        """Write adapter_config.json and adapter_model.safetensors.
+
+        Args:
+            save_directory: Made where it is missing.
+            **kwargs: PEFT's and transformers' arguments, where they ask for just this. `state_dict` is not needed.
+        """
+        only = {"safe_serialization": True, "is_main_process": True, "save_embedding_layers": "auto"}
+        refuse_unless_default("PeftModel.save_pretrained", kwargs, {**dict.fromkeys(kwargs), **only})
         model, config = self.base_model.model, self.peft_config["default"]
         base = config.base_model_name_or_path or model.config._name_or_path
-        save_adapter(model, Path(save_directory), base_model=base, spec=config.spec)
+        in_use = self.active_adapter
+        self.set_adapter("default")
+        try:
+            save_adapter(model, Path(save_directory), base_model=base, spec=config.spec)
+        finally:
+            self.set_adapter(in_use)
 
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, **kwargs: Any) -> PreTrainedModel:
         """Give a plain 16-bit model with the adapter added to the dequantised weights.

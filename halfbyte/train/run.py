@@ -18,10 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from halfbyte.config import RunConfig, resolve_output_dir
 from halfbyte.config.load import save_run_config
 from halfbyte.device import keep_freed_memory, resolve_device
-from halfbyte.distributed import current_world
+from halfbyte.distributed import World, current_world
 from halfbyte.nn import LoraSpec, adapters_disabled
 from halfbyte.train.callbacks import ProgressLine
 from halfbyte.train.evaluate import HeldOut
+from halfbyte.train.loggers import check_loggers
 from halfbyte.train.planning import PlannedRun, plan_run
 from halfbyte.train.report import make_record, save_report
 from halfbyte.train.samples import Sample, answer_questions, choose_questions
@@ -54,10 +55,8 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
     started = time.perf_counter()
     console = console or Console(stderr=True, highlight=False)
     world = current_world()
-    # A folder that is named by what is there already is named once.
-    config = resolve_output_dir(config)
-    (folder_name, *_) = world.gather(config.output_dir)
-    config = dataclasses.replace(config, output_dir=folder_name)
+    config = _name_folder(config, world)
+    check_loggers(config.train.report_to)
     device = resolve_device(config.model.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -102,6 +101,12 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
     print_summary(console, summary, folder)
     loaded.model.eval()
     return RunResult(output_dir=folder, model=loaded.model, tokenizer=loaded.tokenizer, summary=summary)
+
+
+def _name_folder(config: RunConfig, world: World) -> RunConfig:
+    """Return the configuration with an output folder; one that is named by what is there already is named once."""
+    config = resolve_output_dir(config)
+    return dataclasses.replace(config, output_dir=world.gather(config.output_dir)[0])
 
 
 def _trainer_options(config: RunConfig, spec: LoraSpec, planned: PlannedRun) -> TrainerOptions:
