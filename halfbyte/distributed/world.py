@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # Gradients are added up in pieces of about this size, one on its way while the next is put together.
 BUCKET_BYTES = 2**25
+# Of memory that tensors fill together, what may lie between them and is added up as well.
+GAPS_SHARE = 0.1
 
 
 class WorldError(HalfbyteError):
@@ -121,6 +123,10 @@ class World:
             torch._foreach_copy_(bucket, [piece.view_as(t) for piece, t in zip(pieces, bucket, strict=True)])
 
         with self._meeting("adding up gradients"), torch.no_grad():
+            whole = _stretch_of(tensors)
+            if whole is not None:
+                dist.all_reduce(whole)
+                return
             for bucket in _buckets(tensors):
                 flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
                 pending.append((dist.all_reduce(flat, async_op=True), flat, bucket))
@@ -173,6 +179,18 @@ def shorten(error: BaseException) -> str:
     """Return what a library's error says, without where in its sources and what it guesses."""
     lines = str(error).splitlines() or [type(error).__name__]
     return re.sub(r"^\[\S*\]\s*", "", lines[0]).partition(". ")[0]
+
+
+def _stretch_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Return the memory that tensors fill, as one tensor, or None where they lie apart."""
+    first = tensors[0]
+    storage = first.untyped_storage()
+    if any(t.untyped_storage().data_ptr() != storage.data_ptr() or t.dtype != first.dtype for t in tensors):
+        return None
+    used_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if storage.nbytes() > used_bytes * (1 + GAPS_SHARE):
+        return None
+    return first.new_empty(0).set_(storage)
 
 
 def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

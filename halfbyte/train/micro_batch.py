@@ -22,7 +22,7 @@ first.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ from halfbyte.train.batches import Batch, move_batch
 from halfbyte.train.loss import LossPath
 
 MAX_GRAPHS = 12
+# Of a gradient's place in memory.
+ALIGNMENT_BYTES = 256
 MIN_DOCUMENTS = 16
 TRAINED_STEPS = 8
 
@@ -255,7 +257,7 @@ class MicroBatches:
             # Parameters have moved: what is recorded reads other memory.
             self._release_graphs()
             self._addresses = addresses
-            self._gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
+            self._gradients = lay_side_by_side(self.parameters)
         if all(p.grad is g for p, g in zip(self.parameters, self._gradients, strict=True)):
             return
         torch._foreach_zero_(self._gradients)
@@ -263,6 +265,17 @@ class MicroBatches:
             if parameter.grad is not None:
                 gradient.copy_(parameter.grad)
             parameter.grad = gradient
+
+
+def lay_side_by_side(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return zeros like some tensors, in one stretch of memory if they have one dtype, for ranks to add up as one."""
+    first = parameters[0]
+    if any(parameter.dtype != first.dtype for parameter in parameters):
+        return [torch.zeros_like(parameter) for parameter in parameters]
+    step = ALIGNMENT_BYTES // first.itemsize
+    sizes = [-(-parameter.numel() // step) * step for parameter in parameters]
+    pieces = first.new_zeros(sum(sizes)).split(sizes)
+    return [piece[: one.numel()].view(one.shape) for piece, one in zip(pieces, parameters, strict=True)]
 
 
 def pad_micro_batch(batch: Mapping[str, Any]) -> Batch:
