@@ -1,4 +1,4 @@
-"""Becoming one of several ranks: what torchrun says in the environment, and a device of one's own.
+"""Becoming one of several ranks: what torchrun tells a process, and a device of one's own.
 
 After joining, a rank looks like a process alone to every library: it sees one GPU, and RANK, WORLD_SIZE and their like
 are gone. Otherwise the trainer's libraries would each divide batches and add up gradients as well.
