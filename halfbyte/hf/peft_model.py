@@ -22,7 +22,6 @@ from halfbyte.nn import AdapterReport, LoraSpec, adapters_disabled, attach_adapt
 _ONLY: dict[str, Any] = {
     "bias": "none",
     "fan_in_fan_out": False,
-    "use_dora": False,
     "lora_bias": False,
     "init_lora_weights": True,
     "task_type": "CAUSAL_LM",
@@ -56,7 +55,7 @@ class LoraConfig:
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     fan_in_fan_out: bool = False
-    init_lora_weights: bool = True
+    init_lora_weights: bool | str = True
     inference_mode: bool = False
     use_dora: bool = False
     lora_bias: bool = False
@@ -67,6 +66,11 @@ class LoraConfig:
     revision: str | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.init_lora_weights, str):
+            raise ConfigError(
+                f"LoraConfig: init_lora_weights={self.init_lora_weights!r} looks at the weights, which are in 4 bits "
+                "already when adapters are attached to a model; use `halfbyte train --lora.init=...` for that"
+            )
         values = {name: getattr(self, name) for name in _ONLY}
         values["task_type"] = getattr(self.task_type, "value", self.task_type)
         refuse_unless_default("LoraConfig", values, _ONLY)
@@ -79,6 +83,7 @@ class LoraConfig:
             alpha=self.lora_alpha,
             dropout=self.lora_dropout,
             rslora=self.use_rslora,
+            dora=self.use_dora,
             targets=_names(self.target_modules) or "all-linear",
             exclude=_tuple(self.exclude_modules) or (),
             rank_pattern=dict(self.rank_pattern or {}),
@@ -97,6 +102,7 @@ class LoraConfig:
             lora_alpha=spec.alpha,
             lora_dropout=spec.dropout,
             use_rslora=spec.rslora,
+            use_dora=spec.dora,
             modules_to_save=list(spec.modules_to_save) or None,
             rank_pattern=dict(spec.rank_pattern),
             alpha_pattern=dict(spec.alpha_pattern),

@@ -175,8 +175,10 @@ class LedgerMaker:
                 rank = self._padded(rank)
                 copies += rank * (in_ + (0 if self._rides else out))
         pages = run.pages_optimizer and self.card.is_gpu
+        first = [Entry("what adapters begin from (fp32)", 4 * numbers)] if run.keeps_first else []
         return [
             Entry("adapters (fp32)", 4 * numbers),
+            *first,
             Entry("their gradients (fp32)", 4 * numbers),
             Entry(
                 f"optimizer state ({run.state_bits} bits)",
@@ -313,20 +315,25 @@ def block_weight_bytes(shape: ModelShape, run: RunShape) -> tuple[int, int]:
 
 def adapter_numbers(shape: ModelShape, run: RunShape) -> int:
     """Return the trained numbers of a block's adapters."""
-    return sum(run.rank * sum(shape.projection_shapes[name]) for name in run.targets)
+    return sum(numbers for name in run.targets for numbers in _adapter_tensors(shape, run, name))
 
 
 def optimizer_bytes(shape: ModelShape, run: RunShape) -> int:
     """Return the bytes of both moments of all adapters."""
     total = 0
     for name in run.targets:
-        for features in shape.projection_shapes[name]:
-            numbers = run.rank * features
+        for numbers in _adapter_tensors(shape, run, name):
             if run.state_bits == 8 and numbers >= MIN_8BIT_NUMEL:
                 total += 2 * -(-numbers // STATE_BLOCK) * (STATE_BLOCK + 4)
             else:
                 total += 2 * 4 * numbers
     return shape.layers * total
+
+
+def _adapter_tensors(shape: ModelShape, run: RunShape, name: str) -> list[int]:
+    """Return the sizes of the trained tensors of one projection: of A and B, and with DoRA of the magnitude."""
+    out, in_ = shape.projection_shapes[name]
+    return [run.rank * out, run.rank * in_, *([out] if run.dora else [])]
 
 
 def slack_bytes(shape: ModelShape, run: RunShape, tokens: int) -> int:

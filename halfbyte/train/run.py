@@ -66,7 +66,7 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
     loaded = load_base(config, console, residency=planned.residency)
     _say(console, loaded.report)
     data = load_data(config, loaded.tokenizer, console)
-    spec, report = attach(loaded.model, config)
+    spec, report = attach(loaded, config)
     _say(console, report)
     folder = prepare_folder(config)
     if world.is_main:

@@ -12,6 +12,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.config import DataSection, LoraSection, RunConfig
+from halfbyte.config.adapter_init import begins_from_weights
 from halfbyte.config.output import REPORT_FILE, RUN_FILES
 from halfbyte.data import (
     Example,
@@ -31,6 +32,7 @@ from halfbyte.models.adapter_config import read_adapter_config, spec_from_adapte
 from halfbyte.models.adapter_files import find_adapter_weights, load_adapter
 from halfbyte.models.attention import PACKED_ATTENTION
 from halfbyte.models.streaming import ON_DEVICE, Residency
+from halfbyte.models.weight_splits import NewSplits
 from halfbyte.nn import AdapterReport, LoraSpec, attach_adapters
 from halfbyte.quant import QuantSpec
 from halfbyte.train.arguments import HalfbyteArguments
@@ -102,6 +104,7 @@ def load_base(config: RunConfig, console: Console, *, residency: Residency = ON_
             attn_implementation=config.model.attention or PACKED_ATTENTION,
             revision=config.model.revision,
             residency=residency,
+            splits=_make_splits(config),
             on_progress=lambda done, total: status.update(f"loading {path}: {done / max(total, 1):.0%}"),
         )
     _check_context(loaded.model, config)
@@ -154,11 +157,12 @@ def mark_trained(tokenizer: PreTrainedTokenizerBase, example: TokenizedExample, 
     return text.append(" ..." if len(example) > SHOWN_TOKENS else "")
 
 
-def attach(model: PreTrainedModel, config: RunConfig) -> tuple[LoraSpec, AdapterReport]:
+def attach(loaded: LoadedModel, config: RunConfig) -> tuple[LoraSpec, AdapterReport]:
     """Give the model new adapters, or those of an earlier run to go on with."""
+    model = loaded.model
     if config.lora.adapter is None:
         spec = make_lora_spec(config.lora, seed=config.train.seed)
-        return spec, attach_adapters(model, spec)
+        return spec, attach_adapters(model, spec, loaded.splits)
     weights = find_adapter_weights(Path(config.lora.adapter))
     spec = spec_from_adapter_config(read_adapter_config(weights))
     return spec, load_adapter(model, weights, trainable=True)
@@ -199,6 +203,12 @@ def build_arguments(config: RunConfig, *, on_cpu: bool, has_held_out: bool) -> H
         if steps is not None:
             values[f"{kind}_steps"] = steps
     return HalfbyteArguments(config.output_dir, use_cpu=on_cpu, disable_tqdm=True, **values)
+
+
+def _make_splits(config: RunConfig) -> NewSplits | None:
+    if not begins_from_weights(config.lora.init):
+        return None
+    return NewSplits(make_lora_spec(config.lora, seed=config.train.seed))
 
 
 def _prepare(examples: list[Example], renderer: Renderer, options: DataSection) -> PreparedData:
