@@ -48,8 +48,11 @@ CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 
 # Options of transformers that this loop does not honour, with what they must be and the way out.
 _UNUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "deepspeed": (lambda value: not value, "one process trains; sharding is not built in"),
-    "fsdp": (lambda value: not value, "one process trains; sharding is not built in"),
+    "deepspeed": (
+        lambda value: not value,
+        "under torchrun every rank has the whole base; it is not divided between cards",
+    ),
+    "fsdp": (lambda value: not value, "under torchrun every rank has the whole base; it is not divided between cards"),
     "torch_compile": (lambda value: not value, "the loop calls the layers of the model itself"),
     "use_liger_kernel": (lambda value: not value, "the loss is chunked already"),
     "auto_find_batch_size": (lambda value: not value, "set per_device_train_batch_size"),
