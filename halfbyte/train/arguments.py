@@ -52,7 +52,7 @@ _UNUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: not value,
         "under torchrun every rank has the whole base; it is not divided between cards",
     ),
-    "fsdp": (lambda value: not value, "under torchrun every rank has the whole base; it is not divided between cards"),
+    "fsdp": (lambda value: not value, "under torchrun every rank has the whole base"),
     "torch_compile": (lambda value: not value, "the loop calls the layers of the model itself"),
     "use_liger_kernel": (lambda value: not value, "the loss is chunked already"),
     "auto_find_batch_size": (lambda value: not value, "set per_device_train_batch_size"),

@@ -10,8 +10,8 @@ from typing import Any
 
 from halfbyte.config.foreign.axolotl_data import DATA_RULES
 from halfbyte.config.foreign.rules import (
-    EPOCH_ENDS,
     BASE_IS_WHOLE,
+    EPOCH_ENDS,
     UPLOAD,
     choice,
     differs,
