@@ -23,6 +23,7 @@ from benchmarks.random_model import build_random_4bit
 from halfbyte.device import default_device, peak_resident_bytes
 from halfbyte.distributed import World, join_world
 from halfbyte.nn import iter_trainable
+from halfbyte.train.micro_batch import lay_side_by_side
 
 ROUNDS = 20
 
@@ -47,8 +48,7 @@ def main() -> None:
             batch=4, seq=1024, steps=options.steps, accumulation=2, checkpointing=CHECKPOINTING[options.ckpt]
         )
         measured = measure_speed(model, setting)
-        parameters = [torch.zeros_like(parameter) for _, parameter in iter_trainable(model)]
-        exchange_ms = time_exchange(world, parameters)
+        exchange_ms = time_exchange(world, lay_side_by_side([parameter for _, parameter in iter_trainable(model)]))
         memory = world.gather([measured.pop("peak_reserved_GiB", None), round(peak_resident_bytes() / 2**30, 1)])
         if world.is_main:
             row = {"model": f"{options.model} shape", "ranks": world.size, "backend": world.backend}

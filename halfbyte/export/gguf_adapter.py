@@ -99,6 +99,11 @@ def export_gguf_adapter(
 
 def _names(adapter: Adapter, tensor_names: dict[str, str], tied: set[str]) -> dict[str, str]:
     """Return the name of the weight that each adapter belongs to, by the path of its layer."""
+    if adapter.spec.dora:
+        raise ConfigError(
+            "llama.cpp's adapters have no magnitudes, and without them a DoRA adapter is another one; export the "
+            "merged model instead, without --adapter-only"
+        )
     if adapter.tensors.saved:
         raise ConfigError(
             f"the adapter has modules trained whole ({', '.join(sorted(adapter.tensors.saved))}), which a GGUF adapter "

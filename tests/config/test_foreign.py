@@ -237,13 +237,27 @@ def test_axolotl_data_sets(entry: str, values: dict[str, Any], tmp_path: Path) -
         (DATA + "plugins: [my.Plugin]", "plugins are not loaded: my.Plugin"),
         (DATA + "lora_target_linear: true\nlora_target_modules: [lm_head]", "all linear layers and lm_head"),
         (DATA + "gradient_checkpointing: offload_disk", "put away into host memory at most"),
-        (DATA + "peft_init_lora_weights: pissa", "lora_A random, lora_B zero"),
+        (DATA + "peft_init_lora_weights: gaussian", "adapters begin as zero, loftq, pissa"),
     ],
 )
 def test_axolotl_refusals(lines: str, reason: str, tmp_path: Path) -> None:
     translation = translate_file(write(tmp_path / "a.yml", f"{LEAST}{lines}\n"))
     assert len(translation.unsupported) == 1
     assert reason in "\n".join(translation.report())
+
+
+@pytest.mark.parametrize(
+    ("lines", "values"),
+    [
+        ("peft_use_dora: true", {"lora.dora": True}),
+        ("peft_init_lora_weights: pissa_niter_4", {"lora.init": "pissa_niter_4"}),
+        ("peft_init_lora_weights: loftq", {"lora.init": "loftq"}),
+    ],
+)
+def test_axolotl_variants_of_lora(lines: str, values: dict[str, Any], tmp_path: Path) -> None:
+    translation = translate_file(write(tmp_path / "a.yml", f"{LEAST}{DATA}{lines}\n"))
+    assert translation.unsupported == []
+    assert values.items() <= translation.values.items()
 
 
 def test_what_is_left_to_the_person_is_said(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from halfbyte.device import default_device
 from halfbyte.distributed import current_world, join_world
 from halfbyte.models.attention import PACKED_ATTENTION, register_packed_attention
 from halfbyte.models.streaming import stream_blocks_
-from halfbyte.nn import LoraSpec, attach_adapters, quantize_linears_
+from halfbyte.nn import LoraSpec, attach_adapters, iter_trainable, quantize_linears_
 from halfbyte.quant import QuantSpec
 from halfbyte.train import HalfbyteArguments, HalfbyteTrainer, TrainerOptions
 from tests.train.runs import build_examples, logged, trained_values
@@ -45,10 +45,21 @@ def build_model(device: torch.device) -> PreTrainedModel:
     return model
 
 
-def train(*, streamed: bool) -> dict[str, Any]:
+def nudge(model: PreTrainedModel, seed: int) -> None:
+    """Change each trained number by up to one part of 2^23 for each turn."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in iter_trainable(model):
+            noise = torch.rand(parameter.shape, generator=generator).mul_(2).sub_(1).to(parameter.device)
+            parameter.mul_(1 + noise * TURNS * torch.finfo(torch.float32).eps)
+
+
+def train(*, streamed: bool, nudged: int | None = None) -> dict[str, Any]:
     """Train, the turns of a step shared out over the ranks, and return what came out."""
     device, world = default_device(), current_world()
     model = build_model(device)
+    if nudged is not None:
+        nudge(model, nudged)
     if streamed:
         stream_blocks_(model, 2, device=device, num_slots=2)
     with tempfile.TemporaryDirectory() as folder:
@@ -85,6 +96,8 @@ def main() -> None:
     with join_world() as world:
         result = train(streamed="--streamed" in flags)
         result["devices"] = world.gather(result.pop("device"))
+        if "--nudged" in flags:
+            result["nudged"] = [train(streamed=False, nudged=seed)["loss"] for seed in range(3)]
         if world.is_main:
             torch.save(result, Path(out))
 

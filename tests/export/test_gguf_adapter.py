@@ -76,3 +76,11 @@ def test_export_gguf_adapter_refuses_what_cannot_be_said(
     with pytest.raises(ConfigError, match="'Q8_0' of an adapter; allowed: F32, F16, BF16"):
         export_gguf_adapter(base, tmp_path / "adapter.gguf", adapter=tmp_path / "adapter", type_name="Q8_0")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "model"]
+
+
+def test_export_gguf_adapter_refuses_dora(tmp_path: Path) -> None:
+    base = save_speaking_tiny(tmp_path / "model", "llama")
+    save_tuned(base, tmp_path / "adapter", LoraSpec(rank=4, dora=True), quant=None)
+    with pytest.raises(ConfigError, match=r"no magnitudes.*merged model"):
+        export_gguf_adapter(base, tmp_path / "adapter.gguf", adapter=tmp_path / "adapter")
+    assert not (tmp_path / "adapter.gguf").exists()

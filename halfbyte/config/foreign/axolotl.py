@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from halfbyte.config.adapter_init import LOFTQ, PISSA, ZERO
 from halfbyte.config.foreign.axolotl_data import DATA_RULES
 from halfbyte.config.foreign.rules import (
     BASE_IS_WHOLE,
@@ -130,6 +131,14 @@ def _logger(name: str, variable: str) -> Rule:
     return lambda value, document: Taken({"train.report_to": (name,)}, f"set {variable}={value} in the environment")
 
 
+def _init(value: Any, document: Document) -> Outcome:
+    if value is True:
+        return Taken({})
+    if value == LOFTQ or PISSA.fullmatch(str(value)):
+        return Taken({"lora.init": value})
+    return Unsupported(f"adapters begin as {ZERO}, {LOFTQ}, pissa or pissa_niter_N")
+
+
 _RULES: dict[str, Rule] = {
     # model
     "base_model": option("model.path"),
@@ -162,13 +171,13 @@ _RULES: dict[str, Rule] = {
     "lora_model_dir": option("lora.adapter"),
     "lora_fan_in_fan_out": unsupported("for GPT-2's layers, which get no adapters"),
     "lora_on_cpu": unneeded("adapters are merged tensor by tensor"),
-    "peft_use_dora": unsupported("there is no DoRA"),
+    "peft_use_dora": switch("lora.dora"),
     "peft_use_rslora": switch("lora.rslora"),
     "peft_layers_to_transform": option("lora.layers_to_transform"),
     "peft_layers_pattern": option("lora.layers_pattern"),
     "peft_layer_replication": unsupported("layers are not replicated"),
-    "peft_init_lora_weights": only(True, "adapters start as the paper says: lora_A random, lora_B zero"),
-    "peft": unsupported("adapters start as the paper says, on bitsandbytes' 4 bits"),
+    "peft_init_lora_weights": _init,
+    "peft": unsupported("bitsandbytes' 4 bits only, and LoftQ is peft_init_lora_weights"),
     "loraplus_lr_ratio": number("train.loraplus_lr_ratio"),
     "loraplus_lr_embedding": unneeded("embeddings get no adapters"),
     # training

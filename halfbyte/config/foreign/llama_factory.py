@@ -119,6 +119,13 @@ def _alpha(value: Any, document: Document) -> Outcome:
     return Taken({"lora.alpha": value})
 
 
+def _pissa(value: Any, document: Document) -> Outcome:
+    if not flag(value):
+        return Taken({})
+    rounds = document.get("pissa_iter")
+    return Taken({"lora.init": "pissa" if rounds == -1 else f"pissa_niter_{16 if rounds is None else rounds}"})
+
+
 def _packing(value: Any, document: Document) -> Outcome:
     if flag(value) and document.get("neat_packing") is not True:
         return Taken({"data.packing": True}, "examples in a row are kept apart, as with neat_packing")
@@ -151,8 +158,10 @@ _RULES: dict[str, Rule] = {
         {"lora.modules_to_save": tuple(part.strip() for part in ",".join(names(value)).split(","))}
     ),
     "use_rslora": switch("lora.rslora"),
-    "use_dora": unsupported("there is no DoRA"),
-    "pissa_init": unsupported("adapters start as the paper says: lora_A random, lora_B zero"),
+    "use_dora": switch("lora.dora"),
+    "pissa_init": _pissa,
+    "pissa_iter": unneeded("pissa_init says it"),
+    "pissa_convert": unneeded("adapters are written for the plain base in any case"),
     "create_new_adapter": unsupported("one adapter is trained"),
     "loraplus_lr_ratio": number("train.loraplus_lr_ratio"),
     "loraplus_lr_embedding": unneeded("embeddings get no adapters"),
