@@ -259,8 +259,6 @@ def why_not_fused(layer: nn.Module, *, takes_magnitudes: bool = False) -> str | 
 
 def _why_projections_do_not_fit(projections: tuple[nn.Module, ...], *, takes_magnitudes: bool) -> str | None:
     for projection in projections:
-        if isinstance(projection, LoraLinear) and projection.rounding is not None:
-            return "weights and adapters are rounded to 4 bits together"
         if not isinstance(projection, (LoraLinear, Linear4bit, nn.Linear)):
             return f"a projection is a {type(projection).__name__}"
         adapter = projection.adapter() if isinstance(projection, LoraLinear) else {}

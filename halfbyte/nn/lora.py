@@ -28,9 +28,8 @@ from halfbyte.nn.split import Factors
 from halfbyte.ops.dequantize_4bit import dequantize_4bit
 from halfbyte.ops.dora_linear import dora_linear, row_lengths
 from halfbyte.ops.lora_linear import LoraOptions, lora_linear
-from halfbyte.ops.lora_rounded import Rounding, lora_rounded
 from halfbyte.ops.workspace import Workspace
-from halfbyte.quant.tensor import QuantizedTensor, QuantSpec
+from halfbyte.quant.tensor import QuantizedTensor
 
 MASTERS = ("lora_A", "lora_B", "lora_magnitude_vector", "taken_A", "taken_B")
 """What stays in fp32."""
@@ -61,8 +60,6 @@ class LoraLinear(nn.Module):
         self.adapter_enabled = True
         self.workspace = workspace or (base.workspace if isinstance(base, Linear4bit) else Workspace())
         self.expanded: ExpandedWeight | None = None
-        self.rounding: QuantSpec | None = None
-        """Where set, base and adapter are multiplied as they are once both are put into 4 bits together."""
         self._options = LoraOptions(scaling=self.scaling)
         self._training_options = LoraOptions(scaling=self.scaling, dropout=dropout)
         self._lengths: tuple[tuple[int, ...], torch.Tensor] | None = None
@@ -181,8 +178,6 @@ class LoraLinear(nn.Module):
         expanded = self.expanded if self.adapter_enabled or is_base else None
         if expanded is not None and not (self.training and self.dropout) and expanded.is_usable(x):
             return expanded.multiply(x, with_adapter=self.adapter_enabled)
-        if self.rounding is not None:
-            return self._rounded(x, self.rounding)
         if is_base:
             return self.base(x)
         weight = self.base.home if isinstance(self.base, Linear4bit) else self.base.weight
@@ -199,13 +194,6 @@ class LoraLinear(nn.Module):
         adapter = (self.lora_A, self.lora_B, magnitude)
         return dora_linear(
             x, weight, self.base.bias, adapter, options=options, workspace=self.workspace, lengths=lengths
-        )
-
-    def _rounded(self, x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-        rounding = Rounding(scaling=self.scaling if self.adapter_enabled else 0.0, spec=spec)
-        weight = self.base.weight
-        return lora_rounded(
-            x, weight, self.base.bias, self.lora_A, self.lora_B, rounding=rounding, workspace=self.workspace
         )
 
     def _kept_lengths(self) -> torch.Tensor:
