@@ -87,15 +87,9 @@ class MicroBatches:
     def __init__(self, model: PreTrainedModel, loss_path: LossPath, *, as_graphs: bool) -> None:
         self.model, self.loss_path = model, loss_path
         self.device = compute_device_of(model)
-        is_fused = any(True for _ in iter_fused_layers(model))
-        on_gpu, attention = self.device.type == "cuda", model.config._attn_implementation
-        self.as_graphs = as_graphs and is_fused and on_gpu and loss_path.chunked and attention == PACKED_ATTENTION
-        # Angles that depend on the length are computed from what the device holds, on the host.
-        self.as_graphs = self.as_graphs and has_fixed_angles(model)
-        # Nor are lookups of single trained rows recorded: their gradients have not been tried in a capture.
-        self.as_graphs = self.as_graphs and not any(True for _ in iter_token_rows(model))
-        # So does the host where weights come from files.
-        self.as_graphs = self.as_graphs and not (self.streamer is not None and self.streamer.reads_files)
+        is_fused, on_gpu = any(True for _ in iter_fused_layers(model)), self.device.type == "cuda"
+        self.why_no_graphs = "as set" if not as_graphs else self._why_no_graphs(is_fused=is_fused)
+        """None where micro-batches are recorded; empty on a CPU, where there is nothing to record."""
         self.parameters = [parameter for _, parameter in iter_trainable(model)]
         self.seeds = dropout_seeds_of(model) if is_fused and on_gpu else None
         self.offload = offload_of(model) if is_fused else None
@@ -107,6 +101,28 @@ class MicroBatches:
         self._addresses: tuple[int, ...] = ()
         self._generation = -1
         self._pool_bytes = 0
+
+    def _why_no_graphs(self, *, is_fused: bool) -> str | None:
+        if self.device.type != "cuda":
+            return ""
+        streamer = self.streamer
+        reasons = {
+            "no fused blocks compute the model": not is_fused,
+            "the loss takes whole logits": not self.loss_path.chunked,
+            "attention is not our packed one": self.model.config._attn_implementation != PACKED_ATTENTION,
+            # The host computes them from what the device holds.
+            "angles depend on the length": not has_fixed_angles(self.model),
+            # Their gradients have not been tried in a capture.
+            "rows of single tokens are trained": any(True for _ in iter_token_rows(self.model)),
+            # The host waits for the disk.
+            "weights come from files": streamer is not None and streamer.reads_files,
+        }
+        return next((f"because {reason}" for reason, holds in reasons.items() if holds), None)
+
+    @property
+    def as_graphs(self) -> bool:
+        """Whether micro-batches are recorded."""
+        return self.why_no_graphs is None
 
     @property
     def streamer(self) -> BlockStreamer | None:

@@ -148,8 +148,11 @@ class HalfbyteTrainer(Trainer):
         self._trainable_count, self._total_count = count_parameters(model)
         self._choose_activations(args, is_fused=fusion is not None and fusion.num_fused > 0)
         self.micro_batches = MicroBatches(model, self.loss_path, as_graphs=options.cuda_graphs)
-        if self.micro_batches.as_graphs:
+        why_not = self.micro_batches.why_no_graphs
+        if why_not is None:
             self.notes.append("kernels of a micro-batch: launched as one graph, from the second of each shape on")
+        elif why_not:
+            self.notes.append(f"kernels of a micro-batch: launched one by one, {why_not}")
         self.relief = Relief(self.micro_batches, num_tokens=self._largest_batch_tokens(), tell=self._tell)
 
     def _choose_activations(self, args: HalfbyteArguments, *, is_fused: bool) -> None:
