@@ -91,12 +91,28 @@ def save_adapter(
         spec: What the adapters were made of.
         revision: Of the base, where it is a hub id.
     """
-    tensors = adapter_state_dict(model)
+    text = describe_adapter(model, base_model=base_model, spec=spec, revision=revision)
+    write_adapter(folder, adapter_state_dict(model), text)
+
+
+def describe_adapter(model: PreTrainedModel, *, base_model: str, spec: LoraSpec, revision: str | None = None) -> str:
+    """Return the text of adapter_config.json; arguments as for `save_adapter`."""
     adapted = [path for path, _ in iter_lora(model)]
     values = make_adapter_config(spec, base_model=base_model, adapted=adapted, model=model, revision=revision)
+    return adapter_config_text(values)
+
+
+def write_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], description: str) -> None:
+    """Write an adapter's two files, each whole or not at all.
+
+    Args:
+        folder: Made if it is not there.
+        tensors: As `adapter_state_dict` returns them.
+        description: As `describe_adapter` does.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
-    _replace(folder / CONFIG_FILE, adapter_config_text(values).encode())
+    _replace(folder / WEIGHTS_FILE, save(dict(tensors), metadata={"format": "pt"}))
+    _replace(folder / CONFIG_FILE, description.encode())
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -28,6 +28,8 @@ class TrainerOptions:
     """Learning rate of lora_B over that of everything else."""
     policies: tuple[Policy, ...] | None = None
     """What each fused block keeps for its backward, as planned; None decides by what is free."""
+    config_text: str | None = None
+    """Of run.yaml, kept in every checkpoint."""
 
 
 DEFAULT_OPTIONS = TrainerOptions()

@@ -14,10 +14,8 @@ Nothing waits for the device in a micro-batch, and a step waits only for the one
 from __future__ import annotations
 
 import functools
-import json
 import math
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from halfbyte.data.examples import TokenizedExample
 from halfbyte.device import keep_freed_memory
@@ -38,32 +36,34 @@ from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.packed_inputs import compute_dtype_of, prove_causality, prove_isolation
 from halfbyte.nn.attach import count_parameters
 from halfbyte.optim import build_optimizer
-from halfbyte.train import checkpoint as files
 from halfbyte.train.activations import choose_checkpointing, choose_policy_
 from halfbyte.train.arguments import HalfbyteArguments
 from halfbyte.train.batches import (
     BatchOptions,
     build_loader,
-    fingerprint_examples,
     iter_batches,
     largest_batch,
     move_batch,
     pad_id_of,
 )
-from halfbyte.train.callbacks import FlowCallback, ProgressLine
+from halfbyte.train.callbacks import FlowCallback, ProgressLine, SavingCallback
 from halfbyte.train.checks import check_model, honour_precision_, infer_spec, refuse_ignored
 from halfbyte.train.evaluate import HeldOut, evaluate_loss
 from halfbyte.train.fp8 import check_fp8
 from halfbyte.train.groups import parameter_groups
 from halfbyte.train.guard import DivergedError, LossScaler, StepGuard
+from halfbyte.train.interruption import Interruption
 from halfbyte.train.loss import LossPath
 from halfbyte.train.meter import Meter
 from halfbyte.train.micro_batch import MicroBatches
 from halfbyte.train.options import DEFAULT_OPTIONS, TrainerOptions
 from halfbyte.train.relief import Relief
+from halfbyte.train.resumable import ResumableTrainer
+from halfbyte.train.saver import CheckpointSaver
+from halfbyte.train.snapshot import TokenizerFiles
 
 
-class HalfbyteTrainer(Trainer):
+class HalfbyteTrainer(ResumableTrainer):
     """Trains the adapters of a model.
 
     Args:
@@ -81,13 +81,7 @@ class HalfbyteTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = True
-    model: Any
-    args: Any
-    train_dataset: Any
     eval_dataset: Any
-    optimizer: Any
-    lr_scheduler: Any
-    state: Any
 
     def __init__(
         self,
@@ -107,13 +101,17 @@ class HalfbyteTrainer(Trainer):
         self.options = options
         self.base_model = options.base_model or model.config._name_or_path
         self.lora = options.lora or infer_spec(model)
+        self.interruption = Interruption()
+        self.saver = CheckpointSaver(
+            Path(str(args.output_dir)), tokenizer=TokenizerFiles(processing_class), say=self.say, warn=self.tell
+        )
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[FlowCallback(), *_with_progress(callbacks, args)],
+            callbacks=[FlowCallback(self.interruption), SavingCallback(self.saver), *_with_progress(callbacks, args)],
             **others,
         )
         self.notes = [] if note is None else [note]
@@ -143,7 +141,7 @@ class HalfbyteTrainer(Trainer):
         self.micro_batches = MicroBatches(model, self.loss_path, as_graphs=options.cuda_graphs)
         if self.micro_batches.as_graphs:
             self.notes.append("kernels of a micro-batch: launched as one graph, from the second of each shape on")
-        self.relief = Relief(self.micro_batches, num_tokens=self._largest_batch_tokens(), tell=self._tell)
+        self.relief = Relief(self.micro_batches, num_tokens=self._largest_batch_tokens(), tell=self.tell)
 
     def _choose_activations(self, args: HalfbyteArguments, *, is_fused: bool) -> None:
         """Decide what the backward finds, and note it."""
@@ -255,8 +253,9 @@ class HalfbyteTrainer(Trainer):
             self.relief.rehearse(
                 largest_batch(self.train_dataset, self.batch_options(), self.args.per_device_train_batch_size)
             )
+        checkpoint = self.find_checkpoint(resume_from_checkpoint)
         try:
-            result = super().train(resume_from_checkpoint, *args, **options)
+            result = super().train(checkpoint, *args, **options)
             assert self.guard is not None
             self.guard.finish()
             self.meter.stop()
@@ -265,6 +264,9 @@ class HalfbyteTrainer(Trainer):
             raise DivergedError(f"{error}. The adapter as it was before is kept in {self.args.output_dir}") from error
         finally:
             self.micro_batches.release()
+            self.saver.wait()
+        if self.state.global_step < self.state.max_steps:
+            self.interruption.raise_stop(self.state.global_step, self.saver)
         self.save_model()
         return result
 
@@ -315,15 +317,6 @@ class HalfbyteTrainer(Trainer):
             f"{scheduler} after {args.get_warmup_steps(steps)} steps of warmup"
         )
 
-    def _tell(self, text: str) -> None:
-        """Say what happened beside what was planned: in the run's notes, and above the progress line."""
-        self.notes.append(text)
-        lines = [callback for callback in self.callback_handler.callbacks if isinstance(callback, ProgressLine)]
-        for line in lines:
-            line.say(text)
-        if not lines:
-            warnings.warn(text, stacklevel=2)
-
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         raise ConfigError("predict() would hold all logits; use evaluate(), or halfbyte.models.generate")
 
@@ -333,61 +326,6 @@ class HalfbyteTrainer(Trainer):
         save_adapter(self.model, folder, base_model=self.base_model, spec=self.lora)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run_dir = Path(self.args.output_dir)
-        folder = run_dir / f"checkpoint-{self.state.global_step}"
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{self.state.best_global_step}")
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-        with self.meter.paused(), files.write_folder(folder) as temporary:
-            self.save_model(str(temporary))
-            torch.save(self.optimizer.state_dict(), temporary / files.OPTIMIZER_FILE)
-            torch.save(self.lr_scheduler.state_dict(), temporary / files.SCHEDULER_FILE)
-            torch.save(files.read_random_state(self.model_device), temporary / files.RANDOM_FILE)
-            if self.scaler is not None:
-                torch.save(self.scaler.state_dict(), temporary / files.SCALER_FILE)
-            (temporary / files.RUN_STATE_FILE).write_text(json.dumps(self._run_state(), indent=1))
-            self.state.save_to_json(str(temporary / "trainer_state.json"))
-        files.remove_old_checkpoints(run_dir, keep=self.args.save_total_limit, best=self.state.best_model_checkpoint)
-
-    def _run_state(self) -> dict[str, Any]:
-        """Return what must be the same for a run to be continued."""
-        return {
-            "data": self._data_fingerprint,
-            "row_tokens": self.options.row_tokens,
-            "per_device_train_batch_size": self.args.per_device_train_batch_size,
-            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
-            "seed": self.args.seed,
-            "optim": str(getattr(self.args.optim, "value", self.args.optim)),
-        }
-
-    @functools.cached_property
-    def _data_fingerprint(self) -> str:
-        return fingerprint_examples(self.train_dataset)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        files.check_run_state(Path(resume_from_checkpoint), self._run_state())
-        files.restore_adapter_(self.model, Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        files.restore_adapter_(self.model, Path(self.state.best_model_checkpoint))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self.optimizer.load_state_dict(files.load_tensors(Path(checkpoint) / files.OPTIMIZER_FILE))
-            self.lr_scheduler.load_state_dict(files.load_tensors(Path(checkpoint) / files.SCHEDULER_FILE))
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.scaler is not None:
-            self.scaler.load_state_dict(files.load_tensors(Path(checkpoint) / files.SCALER_FILE))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            state = files.load_tensors(Path(checkpoint) / files.RANDOM_FILE)
-            files.restore_random_state(state, self.model_device)
 
 
 def _with_progress(callbacks: Sequence[TrainerCallback], args: HalfbyteArguments) -> list[TrainerCallback]:

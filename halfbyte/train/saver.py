@@ -1,0 +1,112 @@
+"""Checkpoints are written by a thread beside the loop: one at a time, and what came of it is always told.
+
+A disk that is full, read-only or gone does not end a run: the checkpoint before stays, the run says what happened and
+tries again at the next one. Any other error of the thread is a defect and is raised in the loop.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from halfbyte.train.checkpoint import list_checkpoints, remove_old_checkpoints, step_of, write_folder
+from halfbyte.train.snapshot import Snapshot, TokenizerFiles
+
+
+class CheckpointSaver:
+    """Writes the checkpoints of one run.
+
+    Args:
+        folder: Of the run; made anew if it is gone.
+        tokenizer: Written into each.
+        say: Is told of each checkpoint that was written, by the thread that trains.
+        warn: Is told of each that was not.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tokenizer: TokenizerFiles,
+        say: Callable[[str], object],
+        warn: Callable[[str], None],
+    ) -> None:
+        self.folder, self.tokenizer, self.say, self.warn = folder, tokenizer, say, warn
+        self.waited_seconds = 0.0
+        """How long training stood still for a write before that had not ended."""
+        self.failed_step: int | None = None
+        """Of the last checkpoint, where it could not be written."""
+        self._thread: threading.Thread | None = None
+        self._step = 0
+        self._is_written = False
+        self._error: BaseException | None = None
+
+    def save(self, snapshot: Snapshot, *, keep: int | None, choose_spared: Callable[[set[int]], set[int]]) -> None:
+        """Begin to write a checkpoint, after the one before has been written.
+
+        Args:
+            snapshot: The state of the run.
+            keep: How many checkpoints, the newest, stay; None for all.
+            choose_spared: Is given the steps of all checkpoints, and says which stay besides.
+        """
+        self.wait()
+        job = functools.partial(self._write, snapshot, keep, choose_spared)
+        self._step = snapshot.step
+        # No daemon: an interpreter that is about to end waits for the checkpoint.
+        self._thread = threading.Thread(target=job, name=f"checkpoint-{snapshot.step}")
+        self._thread.start()
+
+    def poll(self) -> None:
+        """Tell what came of a write that has ended.
+
+        Raises:
+            Exception: It failed by a defect.
+        """
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until nothing is being written, and tell what came of it.
+
+        Raises:
+            Exception: It failed by a defect.
+        """
+        if self._thread is None:
+            return
+        started = time.perf_counter()
+        self._thread.join()
+        self.waited_seconds += time.perf_counter() - started
+        self._thread, error, self._error = None, self._error, None
+        name = f"checkpoint-{self._step}"
+        self.failed_step = None if self._is_written else self._step
+        if self._is_written:
+            self.say(f"saved {name}")
+        if isinstance(error, OSError):
+            what = "older ones could not be deleted" if self._is_written else "it could not be written"
+            self.warn(f"{name}: {what}: {describe_failure(error)}. {self._what_is_left()}")
+        elif error is not None:
+            raise error
+
+    def _write(self, snapshot: Snapshot, keep: int | None, choose_spared: Callable[[set[int]], set[int]]) -> None:
+        self._is_written = False
+        try:
+            with write_folder(self.folder / f"checkpoint-{snapshot.step}") as temporary:
+                snapshot.write(temporary, self.tokenizer)
+            self._is_written = True
+            steps = {step_of(path) for path in list_checkpoints(self.folder)}
+            remove_old_checkpoints(self.folder, keep=keep, spared=choose_spared(steps))
+        except BaseException as error:
+            self._error = error
+
+    def _what_is_left(self) -> str:
+        last = [path.name for path in list_checkpoints(self.folder)]
+        kept = f"{last[-1]} is kept" if last else "There is none before it"
+        return f"{kept}; training goes on, and the next checkpoint is tried as usual"
+
+
+def describe_failure(error: OSError) -> str:
+    """Return what the system says, and of which file."""
+    return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
