@@ -7,6 +7,11 @@ Everything else that goes wrong is a defect of ours and keeps its traceback.
 class HalfbyteError(Exception):
     """Base of all errors whose message is meant for the person running the program."""
 
+    exit_code = 2
+    """Of the process that it ends."""
+    label = "error: "
+    """What stands before the message."""
+
 
 class ConfigError(HalfbyteError):
     """An option, or a combination of options, that cannot be honoured."""

@@ -1,6 +1,7 @@
 """The entry point: find the command, run it, and turn what goes wrong into one line.
 
-Exit codes: 0 done, 1 a failure of ours (with its traceback), 2 a mistake the person can mend, 130 interrupted.
+Exit codes: 0 done, 1 a failure of ours (with its traceback), 2 a mistake the person can mend, 130 interrupted,
+143 terminated; a training that was interrupted or terminated has saved a checkpoint.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         return run_command(list(sys.argv[1:] if words is None else words))
     except HalfbyteError as error:
-        print(f"halfbyte: error: {error}", file=sys.stderr)
-        return 2
+        print(f"halfbyte: {error.label}{error}", file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         # A terminal has just echoed ^C in the middle of a line.
         print("\nhalfbyte: interrupted" if sys.stderr.isatty() else "halfbyte: interrupted", file=sys.stderr)

@@ -25,6 +25,8 @@ class StoppedError(HalfbyteError):
         number: Of the signal.
     """
 
+    label = ""
+
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + number

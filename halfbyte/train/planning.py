@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 from halfbyte.config import RunConfig
-from halfbyte.config.load import load_config as load_run_config
-from halfbyte.config.output import RUN_FILE
+from halfbyte.config.resolve import divide_alike, find_run_config
 from halfbyte.device import free_bytes, resolve_compute_dtype
 from halfbyte.errors import ConfigError, PlanError
 from halfbyte.memory.activation_policy import Policy
@@ -156,16 +155,7 @@ def _spill_folder(config: RunConfig) -> Path | None:
 
 def _like_the_run_before(config: RunConfig) -> RunConfig:
     """Divide the batch as the run that is continued did: its checkpoint goes on bit for bit only so."""
-    if not config.train.resume or config.train.batch_size is None or config.output_dir is None:
+    if config.train.resume is not True or config.train.batch_size is None or config.output_dir is None:
         return config
-    path = Path(config.output_dir) / RUN_FILE
-    if not path.exists():
-        return config
-    before = load_run_config(path).train
-    train = dataclasses.replace(
-        config.train,
-        batch_size=None,
-        per_device_train_batch_size=before.per_device_train_batch_size,
-        gradient_accumulation_steps=before.gradient_accumulation_steps,
-    )
-    return dataclasses.replace(config, train=train)
+    before = find_run_config(Path(config.output_dir))
+    return config if before is None else divide_alike(before, config)

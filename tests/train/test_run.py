@@ -92,8 +92,9 @@ def test_run_training_resumes_what_was_cut(model_folder: Path, data_file: Path, 
     for path in (tmp_path / "cut" / "checkpoint-4").iterdir():
         path.unlink()
     (tmp_path / "cut" / "checkpoint-4").rmdir()
-    options = {"train.save_steps": 2, "train.resume": True}
-    second = run_training(config_of(model_folder, data_file, tmp_path / "cut", **options), console=quiet)
+    text = io.StringIO()
+    second = run_training(cut, console=Console(file=text, width=200))
+    assert f"going on after step 2, from {tmp_path / 'cut' / 'checkpoint-2'}; --overwrite would" in text.getvalue()
     assert second.summary.steps_now == 2
     assert second.summary.held_out_after == first.summary.held_out_after
     assert [s.after for s in second.summary.samples] == [s.after for s in first.summary.samples]
@@ -144,7 +145,7 @@ def test_run_training_does_not_write_over_a_run(model_folder: Path, data_file: P
     quiet = Console(file=io.StringIO())
     config = config_of(model_folder, data_file, tmp_path / "out", **{"train.max_steps": 1})
     run_training(config, console=quiet)
-    with pytest.raises(ConfigError, match="already holds a run"):
+    with pytest.raises(ConfigError, match="already holds a finished run"):
         run_training(config, console=quiet)
     options = {"train.max_steps": 2, "train.overwrite": True}
     result = run_training(config_of(model_folder, data_file, tmp_path / "out", **options), console=quiet)
