@@ -7,34 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import write_examples
-from tests.faults.processes import Outcome, Training
-from tests.train.tiny import build_tiny, build_tokenizer
+from tests.faults.processes import OPTIONS, Outcome, Training, make_source
 
-OPTIONS = (
-    "--train.num_train_epochs=3",
-    "--train.learning_rate=0.01",
-    "--train.per_device_train_batch_size=1",
-    "--train.gradient_accumulation_steps=2",
-    "--train.logging_steps=1",
-    "--train.neftune_noise_alpha=5",
-    "--train.num_samples=0",
-    "--lora.dropout=0.1",
-    "--lora.rank=4",
-    "--data.max_length=64",
-    "--data.held_out_fraction=0.1",
-    "--model.device=cpu",
-)
 Make = Callable[..., Training]
 
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("source")
-    build_tiny("llama").save_pretrained(folder / "model")
-    build_tokenizer().save_pretrained(folder / "model")
-    write_examples(folder / "tickets.jsonl", range(40))
-    return folder
+    return make_source(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="session")

@@ -22,10 +22,34 @@ from safetensors.torch import load_file
 
 from halfbyte.train.checkpoint import find_checkpoint, list_checkpoints, step_of
 from halfbyte.train.manifest import find_damage
+from tests.cli.conftest import write_examples
+from tests.train.tiny import build_tiny, build_tokenizer
 
+OPTIONS = (
+    "--train.num_train_epochs=3",
+    "--train.learning_rate=0.01",
+    "--train.per_device_train_batch_size=1",
+    "--train.gradient_accumulation_steps=2",
+    "--train.logging_steps=1",
+    "--train.neftune_noise_alpha=5",
+    "--train.num_samples=0",
+    "--lora.dropout=0.1",
+    "--lora.rank=4",
+    "--data.max_length=64",
+    "--data.held_out_fraction=0.1",
+    "--model.device=cpu",
+)
 SPEEDS = ("tokens_per_second", "trained_tokens_per_second", "memory_gib", "eval_runtime")
 _PRELOADED = ["halfbyte.cli.main", "halfbyte.cli.train", "halfbyte.train", "peft", "tests.faults.processes"]
 DEADLINE_SECONDS = 240
+
+
+def make_source(folder: Path) -> Path:
+    """Put a tiny model and a file of examples into a folder."""
+    build_tiny("llama").save_pretrained(folder / "model")
+    build_tokenizer().save_pretrained(folder / "model")
+    write_examples(folder / "tickets.jsonl", range(40))
+    return folder
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
