@@ -25,6 +25,10 @@ class FormatError(HalfbyteError):
     """A model or adapter file that is damaged, unsafe or of an unknown layout."""
 
 
+class OutputError(HalfbyteError):
+    """Results that cannot be written."""
+
+
 class PlanError(HalfbyteError):
     """A run that does not fit the memory it was given."""
 

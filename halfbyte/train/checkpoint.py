@@ -174,6 +174,11 @@ def check_run_state(checkpoint: Path, expected: dict[str, Any]) -> None:
         raise FormatError(f"{checkpoint} is not a whole checkpoint: {path.name} is missing")
     found = json.loads(path.read_text(encoding="utf-8"))
     different = [name for name, value in expected.items() if found.get(name) != value]
+    if "data" in different:
+        raise ConfigError(
+            f"the training examples are not those of the run that {checkpoint} belongs to: the data, its template or "
+            "the tokenizer has changed since. Put it back, begin anew with --overwrite, or name another folder"
+        )
     if different:
         name = different[0]
         raise ConfigError(

@@ -26,6 +26,7 @@ from halfbyte.train.evaluate import HeldOut
 from halfbyte.train.planning import PlannedRun, plan_run
 from halfbyte.train.report import make_record, save_report
 from halfbyte.train.samples import Sample, answer_questions, choose_questions
+from halfbyte.train.saver import saying_what_is_left
 from halfbyte.train.setup import RunData, attach, build_arguments, load_base, load_data, make_folder, prepare_folder
 from halfbyte.train.summary import Comparison, Summary, make_summary, print_summary
 from halfbyte.train.trainer import HalfbyteTrainer, TrainerOptions
@@ -84,9 +85,10 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
         comparison = _train_and_compare(trainer, _Judge(trainer, data, config), progress, checkpoint)
         summary = make_summary(trainer, report, comparison, seconds=time.perf_counter() - started)
         record = make_record(trainer, summary, config=config, folder=folder, data=data.train.report, plan=planned.plan)
-        save_report(record)
-        # Last of all: it says that the run is complete.
-        summary.save(folder)
+        with saying_what_is_left(folder):
+            save_report(record)
+            # Last of all: it says that the run is complete.
+            summary.save(folder)
     print_summary(console, summary, folder)
     loaded.model.eval()
     return RunResult(output_dir=folder, model=loaded.model, tokenizer=loaded.tokenizer, summary=summary)

@@ -6,12 +6,14 @@ tries again at the next one. Any other error of the thread is a defect and is ra
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from halfbyte.errors import OutputError
 from halfbyte.train.checkpoint import list_checkpoints, remove_old_checkpoints, step_of, write_folder
 from halfbyte.train.snapshot import Snapshot, TokenizerFiles
 
@@ -105,6 +107,24 @@ class CheckpointSaver:
         last = [path.name for path in list_checkpoints(self.folder)]
         kept = f"{last[-1]} is kept" if last else "There is none before it"
         return f"{kept}; training goes on, and the next checkpoint is tried as usual"
+
+
+@contextlib.contextmanager
+def saying_what_is_left(folder: Path) -> Iterator[None]:
+    """Turn a failure to write the results of a run into a message that says how to get them.
+
+    Raises:
+        OutputError: Something could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        checkpoints = [str(path) for path in list_checkpoints(folder)]
+        start = f"from {checkpoints[-1]}" if checkpoints else "from the beginning, as there is no checkpoint"
+        raise OutputError(
+            f"the results of the run could not be written: {describe_failure(error)}. Mend that and give the same "
+            f"command again: it goes on {start}"
+        ) from error
 
 
 def describe_failure(error: OSError) -> str:

@@ -56,11 +56,15 @@ class TokenizerFiles:
         self.tokenizer = tokenizer
         self._contents: dict[str, bytes] | None = None
 
-    def write(self, folder: Path) -> None:
-        """Write the files, as `save_pretrained` does."""
+    def prepare(self) -> dict[str, bytes]:
+        """Return the files' contents by name, made at the first call."""
         if self._contents is None:
             self._contents = self._make()
-        for name, content in self._contents.items():
+        return self._contents
+
+    def write(self, folder: Path) -> None:
+        """Write the files, as `save_pretrained` does."""
+        for name, content in self.prepare().items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
 

@@ -24,7 +24,6 @@ import torch
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from halfbyte.data.examples import TokenizedExample
@@ -53,13 +52,14 @@ from halfbyte.train.fp8 import check_fp8
 from halfbyte.train.groups import parameter_groups
 from halfbyte.train.guard import DivergedError, LossScaler, StepGuard
 from halfbyte.train.interruption import Interruption
+from halfbyte.train.loggers import make_patient
 from halfbyte.train.loss import LossPath
 from halfbyte.train.meter import Meter
 from halfbyte.train.micro_batch import MicroBatches
 from halfbyte.train.options import DEFAULT_OPTIONS, TrainerOptions
 from halfbyte.train.relief import Relief
 from halfbyte.train.resumable import ResumableTrainer
-from halfbyte.train.saver import CheckpointSaver
+from halfbyte.train.saver import CheckpointSaver, saying_what_is_left
 from halfbyte.train.snapshot import TokenizerFiles
 
 
@@ -117,9 +117,9 @@ class HalfbyteTrainer(ResumableTrainer):
         self.notes = [] if note is None else [note]
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback):
-                callback.logging_dir = args.logging_dir or str(Path(self.args.output_dir) / "logs")
+        logs = args.logging_dir or str(Path(self.args.output_dir) / "logs")
+        handler = self.callback_handler
+        handler.callbacks = [make_patient(callback, logs, self.tell) for callback in handler.callbacks]
         # Read by transformers 5.17, which has no loss_is_scaled_for_ga.
         self.model_accepts_loss_kwargs = True
         self.model_device = compute_device_of(model)
@@ -253,6 +253,8 @@ class HalfbyteTrainer(ResumableTrainer):
             self.relief.rehearse(
                 largest_batch(self.train_dataset, self.batch_options(), self.args.per_device_train_batch_size)
             )
+        # What cannot be written at all is to fail now, not in hours.
+        self.saver.tokenizer.prepare()
         checkpoint = self.find_checkpoint(resume_from_checkpoint)
         try:
             result = super().train(checkpoint, *args, **options)
@@ -267,7 +269,8 @@ class HalfbyteTrainer(ResumableTrainer):
             self.saver.wait()
         if self.state.global_step < self.state.max_steps:
             self.interruption.raise_stop(self.state.global_step, self.saver)
-        self.save_model()
+        with saying_what_is_left(self.saver.folder):
+            self.save_model()
         return result
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -324,8 +327,7 @@ class HalfbyteTrainer(ResumableTrainer):
         """Write adapter and tokenizer."""
         folder = Path(output_dir or self.args.output_dir)
         save_adapter(self.model, folder, base_model=self.base_model, spec=self.lora)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
+        self.saver.tokenizer.write(folder)
 
 
 def _with_progress(callbacks: Sequence[TrainerCallback], args: HalfbyteArguments) -> list[TrainerCallback]:

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import resource
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -61,15 +60,10 @@ class Training:
     folder: Path
     options: tuple[str, ...] = ()
 
-    def start(self, *more: str, limit_bytes: int | None = None) -> Child:
-        """Start or continue it.
-
-        Args:
-            *more: Further words of the command line.
-            limit_bytes: No file may grow beyond this.
-        """
+    def start(self, *more: str, log: Path | None = None) -> Child:
+        """Start or continue it, with further words on the command line."""
         words = ["train", str(self.model), str(self.data), "--output", str(self.folder), *self.options, *more]
-        return start(words, self.folder.with_name(f"{self.folder.name}.log"), limit_bytes=limit_bytes)
+        return start(words, log or self.folder.with_name(f"{self.folder.name}.log"))
 
     def finish(self, *more: str) -> Child:
         """Train to the end."""
@@ -122,11 +116,11 @@ class Child:
         return int(steps[-1]) if steps and steps[-1].isdigit() else 0
 
 
-def start(words: Sequence[str], log: Path, *, limit_bytes: int | None = None) -> Child:
+def start(words: Sequence[str], log: Path) -> Child:
     """Run a command of halfbyte in a process of its own, its output added to `log`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    return Child(context.Process(target=_run, args=(list(words), log, limit_bytes)), log)
+    return Child(context.Process(target=_run, args=(list(words), log)), log)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -186,12 +180,10 @@ def newest_whole_step(folder: Path) -> int:
     return 0 if found is None else step_of(found)
 
 
-def _run(words: list[str], log: Path, limit_bytes: int | None) -> None:
+def _run(words: list[str], log: Path) -> None:
     from halfbyte.cli.main import main
 
     handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    if limit_bytes is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
     raise SystemExit(main(words))

@@ -59,7 +59,7 @@ def build_trainer(
     **options: Any,
 ) -> HalfbyteTrainer:
     """Return a trainer over a tiny model; further options are training arguments."""
-    callbacks = options.pop("callbacks", ())
+    callbacks, ratio = options.pop("callbacks", ()), options.pop("loraplus_lr_ratio", 1.0)
     defaults = {
         "per_device_train_batch_size": 2,
         "learning_rate": 1e-2,
@@ -79,7 +79,7 @@ def build_trainer(
         eval_dataset=eval_dataset,
         processing_class=build_tokenizer(),
         callbacks=callbacks,
-        options=TrainerOptions(row_tokens=row_tokens, base_model="tiny", lora=SPEC),
+        options=TrainerOptions(row_tokens=row_tokens, base_model="tiny", lora=SPEC, loraplus_lr_ratio=ratio),
     )
 
 

@@ -169,7 +169,7 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path: Path, stop: int, row_tok
 def test_resume_refuses_other_data(tmp_path: Path) -> None:
     build_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
     other = build_trainer(tmp_path, max_steps=4, examples=build_examples(24, seed=9))
-    with pytest.raises(ConfigError, match="another data"):
+    with pytest.raises(ConfigError, match="the training examples are not those of the run"):
         other.train(resume_from_checkpoint=True)
 
 
