@@ -28,8 +28,10 @@ from tests.faults.processes import OPTIONS, Outcome, Training, make_source, newe
 
 CPU = torch.device("cpu")
 WORDS = (*OPTIONS, "--train.save_steps=1")
-# Of a run that is not killed: from "writing to" until it has saved its last checkpoint.
-LONGEST_DELAY_SECONDS = 1.5
+# A kill is aimed at one of the next steps, or now and then at what comes before the first, and comes a little later.
+FARTHEST_STEPS = 6
+EARLY_SHARE = 0.1
+LONGEST_DELAY_SECONDS = 0.2
 MOST_KILLS_A_RUN = 8
 
 
@@ -75,8 +77,13 @@ def run_trials(folder: Path, *, num_kills: int, moments: random.Random) -> dict[
 
 def kill_once(run: Training, moments: random.Random, counts: collections.Counter[str]) -> bool:
     """Start a run and kill it, count how it was found, and say whether it was not at its end before."""
+    newest = newest_whole_step(run.folder) if run.folder.exists() else 0
     child = run.start()
-    child.wait_for("writing to")
+    if moments.random() < EARLY_SHARE:
+        child.wait_for("writing to")
+    else:
+        aim = newest + moments.randint(1, FARTHEST_STEPS)
+        child.wait_until(lambda: child.last_step >= aim)
     time.sleep(moments.uniform(0.0, LONGEST_DELAY_SECONDS))
     if child.process.is_alive():
         os.kill(child.pid, signal.SIGKILL)

@@ -128,7 +128,7 @@ def test_options_that_do_not_decide_the_result_are_few() -> None:
     memory = "gpu host streamed_blocks spill_folder embedding_on_host"
     train = (
         "per_device_eval_batch_size gradient_checkpointing logging_steps eval_steps save_steps save_total_limit "
-        "report_to dataloader_num_workers num_samples max_sample_tokens resume overwrite"
+        "report_to dataloader_num_workers on_bad_step loss_spike num_samples max_sample_tokens resume overwrite"
     )
     expected = {*(f"memory.{name}" for name in memory.split()), *(f"train.{name}" for name in train.split())}
     assert free == expected | {"output_dir"}

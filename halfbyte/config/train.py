@@ -86,6 +86,11 @@ class TrainSection:
     offload: put them into host memory instead, as far as that is faster; fused blocks on a GPU only."""
     group_by_length: bool = False
     """Batch examples of like length; for data.packing=false."""
+    on_bad_step: Literal["stop", "skip"] = option("stop", decides_result=False)
+    """What to do at a step whose loss or gradient is not finite. Nothing of it is applied either way, and its examples
+    are kept in bad_batches. skip: up to 9 in a row."""
+    loss_spike: float | None = option(None, above=1, decides_result=False)
+    """From the 20th step on, a loss that is so many times the running mean is bad too. none: never."""
     logging_steps: int = option(10, minimum=1, decides_result=False)
     """Optimizer steps between two logged losses; the first and the last are logged always."""
     eval_steps: int | None = option(None, minimum=1, decides_result=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -89,6 +90,8 @@ def build_loader(
     batches = EpochBatches(sampler, batch_size, loader_options.pop("drop_last", False), source)
     # A generator of its own: torch's loaders otherwise draw from the global one, which dropout needs undisturbed.
     generator = torch.Generator().manual_seed(seed)
+    if loader_options.get("num_workers"):
+        loader_options["worker_init_fn"] = _ignore_interrupts
     collate = _Collate(options.pad_id)
     return EpochLoader(dataset, batch_sampler=batches, collate_fn=collate, generator=generator, **loader_options)
 
@@ -172,6 +175,11 @@ class _Collate:
             batch["num_tokens"] = sum(map(len, examples))
         batch["num_trained"] = int((batch["labels"] != IGNORE_INDEX).sum())
         return batch
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Leave Ctrl-C, which reaches every process of a terminal, to the one that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _padded_sampler(

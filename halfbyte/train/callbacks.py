@@ -19,7 +19,10 @@ class FlowCallback(TrainerCallback):
 
     The first step and the last are logged whatever logging_steps is, and so is each checkpoint: that closes the window
     that a logged loss is the mean of, and a resumed run then logs the very same numbers. An interrupted run saves and
-    stops after its step; where that ends an epoch, after what is due at the end of epochs.
+    stops after its step.
+
+    What is to be saved after the last step of an epoch is saved after what else is due then: a run that goes on from
+    that checkpoint begins the next epoch, and would leave out the evaluation.
 
     Args:
         interruption: Knows whether the run was asked to stop.
@@ -27,6 +30,7 @@ class FlowCallback(TrainerCallback):
 
     def __init__(self, interruption: Interruption) -> None:
         self.interruption = interruption
+        self._saves_at_epoch_end = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -38,8 +42,9 @@ class FlowCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         if self._is_cut(state):
-            control.should_training_stop = True
-            control.should_save |= not _ends_epoch(state)
+            control.should_training_stop = control.should_save = True
+        if _ends_epoch(state):
+            self._saves_at_epoch_end, control.should_save = control.should_save, False
         if state.global_step == 1 or state.global_step >= state.max_steps or control.should_save:
             control.should_log = True
         return control
@@ -47,9 +52,10 @@ class FlowCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if self._is_cut(state):
-            control.should_save = _ends_epoch(state)
-            control.should_evaluate &= _ends_epoch(state)
+        if self._is_cut(state) and not _ends_epoch(state):
+            control.should_save = control.should_evaluate = False
+        control.should_save |= self._saves_at_epoch_end
+        self._saves_at_epoch_end = False
         if control.should_save:
             control.should_log = True
         return control

@@ -5,6 +5,7 @@ A checkpoint-<step> folder holds the adapter in PEFT's files, the tokenizer, and
     optimizer.pt      moments and step counts
     scheduler.pt      position in the learning rate schedule
     random.pt         generators of python, numpy, torch's CPU and the GPU
+    guard.pt          the running mean of losses
     scaler.pt         the loss scale, where fp16 has one
     trainer_state.json   transformers' own: step, epoch, log; the step is the place in the data
     run_state.json    fingerprint of the data and more that a run may not be continued without
@@ -40,7 +41,8 @@ from halfbyte.nn import iter_lora
 from halfbyte.nn.attach import iter_saved
 from halfbyte.train.manifest import find_damage
 
-OPTIMIZER_FILE, SCHEDULER_FILE, RANDOM_FILE, SCALER_FILE = "optimizer.pt", "scheduler.pt", "random.pt", "scaler.pt"
+OPTIMIZER_FILE, SCHEDULER_FILE, RANDOM_FILE = "optimizer.pt", "scheduler.pt", "random.pt"
+GUARD_FILE, SCALER_FILE = "guard.pt", "scaler.pt"
 RUN_STATE_FILE = "run_state.json"
 
 

@@ -15,7 +15,7 @@ from halfbyte.errors import ConfigError, FormatError
 from halfbyte.train import checkpoint as files
 from halfbyte.train.batches import fingerprint_examples
 from halfbyte.train.callbacks import ProgressLine, has_saving_callback
-from halfbyte.train.guard import LossScaler
+from halfbyte.train.guard import LossScaler, StepGuard
 from halfbyte.train.interruption import Interruption
 from halfbyte.train.manifest import find_damage
 from halfbyte.train.meter import Meter
@@ -41,6 +41,7 @@ class ResumableTrainer(Trainer):
     meter: Meter
     model_device: torch.device
     scaler: LossScaler | None
+    guard: StepGuard | None
     saver: CheckpointSaver
     interruption: Interruption
 
@@ -94,6 +95,8 @@ class ResumableTrainer(Trainer):
             state.best_model_checkpoint = str(self.saver.folder / f"checkpoint-{state.best_global_step}")
         log, best_by_metric = list(state.log_history), state.best_global_step
         with self.meter.paused():
+            if self.guard is not None:
+                self.guard.finish()
             self.saver.wait()
             snapshot = take_snapshot(self, run_state=self._run_state(), config_text=self.options.config_text)
         self.saver.save(
@@ -134,6 +137,8 @@ class ResumableTrainer(Trainer):
             self.lr_scheduler.load_state_dict(files.load_tensors(Path(checkpoint) / files.SCHEDULER_FILE))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.guard is not None:
+            self.guard.load_state_dict(files.load_tensors(Path(checkpoint) / files.GUARD_FILE))
         if checkpoint is not None and self.scaler is not None:
             self.scaler.load_state_dict(files.load_tensors(Path(checkpoint) / files.SCALER_FILE))
 

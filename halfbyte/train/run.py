@@ -119,6 +119,8 @@ def _trainer_options(config: RunConfig, spec: LoraSpec, planned: PlannedRun) -> 
         fp8=config.train.fp8,
         loraplus_lr_ratio=config.train.loraplus_lr_ratio,
         policies=planned.policies,
+        on_bad_step=config.train.on_bad_step,
+        loss_spike=config.train.loss_spike,
         config_text=to_yaml(lasting_config(config)),
     )
 

@@ -54,6 +54,8 @@ NOT_ARGUMENTS = {
     "fp8",
     "batch_size",
     "loraplus_lr_ratio",
+    "on_bad_step",
+    "loss_spike",
 }
 
 

@@ -20,7 +20,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from halfbyte.models.adapter_files import adapter_state_dict, describe_adapter, write_adapter
-from halfbyte.train.checkpoint import OPTIMIZER_FILE, RANDOM_FILE, RUN_STATE_FILE, SCALER_FILE, SCHEDULER_FILE
+from halfbyte.train.checkpoint import (
+    GUARD_FILE,
+    OPTIMIZER_FILE,
+    RANDOM_FILE,
+    RUN_STATE_FILE,
+    SCALER_FILE,
+    SCHEDULER_FILE,
+)
 from halfbyte.train.manifest import write_manifest
 from halfbyte.train.random_state import read_random_state
 
@@ -94,6 +101,8 @@ def take_snapshot(trainer: Any, *, run_state: Mapping[str, Any], config_text: st
         SCHEDULER_FILE: trainer.lr_scheduler.state_dict(),
         RANDOM_FILE: read_random_state(trainer.model_device),
     }
+    if trainer.guard is not None:
+        states[GUARD_FILE] = trainer.guard.state_dict()
     if trainer.scaler is not None:
         states[SCALER_FILE] = trainer.scaler.state_dict()
     texts = {

@@ -37,8 +37,10 @@ from halfbyte.nn.attach import count_parameters
 from halfbyte.optim import build_optimizer
 from halfbyte.train.activations import choose_checkpointing, choose_policy_
 from halfbyte.train.arguments import HalfbyteArguments
+from halfbyte.train.bad_steps import BadSteps, DivergedError
 from halfbyte.train.batches import (
     BatchOptions,
+    EpochLoader,
     build_loader,
     iter_batches,
     largest_batch,
@@ -48,9 +50,10 @@ from halfbyte.train.batches import (
 from halfbyte.train.callbacks import FlowCallback, ProgressLine, SavingCallback
 from halfbyte.train.checks import check_model, honour_precision_, infer_spec, refuse_ignored
 from halfbyte.train.evaluate import HeldOut, evaluate_loss
+from halfbyte.train.feed import PATIENCE_SECONDS, Feed
 from halfbyte.train.fp8 import check_fp8
 from halfbyte.train.groups import parameter_groups
-from halfbyte.train.guard import DivergedError, LossScaler, StepGuard
+from halfbyte.train.guard import LossScaler, StepGuard
 from halfbyte.train.interruption import Interruption
 from halfbyte.train.loggers import make_patient
 from halfbyte.train.loss import LossPath
@@ -105,6 +108,7 @@ class HalfbyteTrainer(ResumableTrainer):
         self.saver = CheckpointSaver(
             Path(str(args.output_dir)), tokenizer=TokenizerFiles(processing_class), say=self.say, warn=self.tell
         )
+        self.guard = None
         super().__init__(
             model=model,
             args=args,
@@ -123,6 +127,7 @@ class HalfbyteTrainer(ResumableTrainer):
         # Read by transformers 5.17, which has no loss_is_scaled_for_ga.
         self.model_accepts_loss_kwargs = True
         self.model_device = compute_device_of(model)
+        self.feed = Feed(self._build_loader, self.tell)
         self.meter = Meter(self.model_device)
         self.held_out: HeldOut | None = None
         self.held_out_step = -1
@@ -134,7 +139,6 @@ class HalfbyteTrainer(ResumableTrainer):
         self.notes.append(self.loss_path.note)
         prove = prove_causality if options.row_tokens is None else prove_isolation
         prove(model)
-        self.guard: StepGuard | None = None
         self.scaler = LossScaler(self.model_device) if compute_dtype_of(model) == torch.float16 else None
         self._trainable_count, self._total_count = count_parameters(model)
         self._choose_activations(args, is_fused=fusion is not None and fusion.num_fused > 0)
@@ -166,6 +170,18 @@ class HalfbyteTrainer(ResumableTrainer):
         )
 
     def get_train_dataloader(self) -> Any:
+        return self._build_loader(self.args.dataloader_num_workers)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        loader = self.callback_handler.train_dataloader
+        assert loader is not None
+        per_epoch = max(math.ceil(len(loader) / self.args.gradient_accumulation_steps), 1)
+        epoch, step = divmod(self.state.global_step, per_epoch)
+        place = step * self.args.gradient_accumulation_steps
+        batches = self.feed.take(epoch_iterator, num_batches, epoch=epoch, place=place)
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _build_loader(self, num_workers: int) -> EpochLoader:
         if self.train_dataset is None:
             raise ConfigError("the trainer was given no train_dataset")
         return build_loader(
@@ -174,9 +190,10 @@ class HalfbyteTrainer(ResumableTrainer):
             batch_size=self.args.per_device_train_batch_size,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             drop_last=self.args.dataloader_drop_last,
-            num_workers=self.args.dataloader_num_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            num_workers=num_workers,
+            timeout=PATIENCE_SECONDS if num_workers else 0,
+            prefetch_factor=self.args.dataloader_prefetch_factor if num_workers else None,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context if num_workers else None,
             pin_memory=self.args.dataloader_pin_memory and self.model_device.type == "cuda",
         )
 
@@ -203,7 +220,19 @@ class HalfbyteTrainer(ResumableTrainer):
             )
         # A second train() finds the optimizer in accelerate's wrapper, which hands no flags on.
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        self.guard = StepGuard(inner, max_norm=self.args.max_grad_norm, scaler=self.scaler)
+        bad_steps = BadSteps(
+            self.saver.folder,
+            tokenizer=self.saver.tokenizer.tokenizer,
+            on_bad_step=self.options.on_bad_step,
+            tell=self.tell,
+        )
+        self.guard = StepGuard(
+            inner,
+            max_norm=self.args.max_grad_norm,
+            scaler=self.scaler,
+            bad_steps=bad_steps,
+            loss_spike=self.options.loss_spike,
+        )
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -211,11 +240,13 @@ class HalfbyteTrainer(ResumableTrainer):
         if not model.training:
             model.train()
         self.meter.count(inputs)
-        see = functools.partial(self.guard.see_loss, origins=inputs["origins"], step=self.state.global_step + 1)
+        step = self.state.global_step + 1
+        see = functools.partial(self.guard.see_loss, origins=inputs["origins"], step=step, inputs=inputs)
         factor = None if self.scaler is None else self.scaler.scale
-        return self.relief.run(
+        loss = self.relief.run(
             inputs, num_items=num_items_in_batch, factor=factor, watch=see, again=self.guard.restart_step
         )
+        return self.guard.loss_to_log(loss, num_micro_batches=self.current_gradient_accumulation_steps)
 
     def compute_loss(
         self,

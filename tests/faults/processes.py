@@ -110,6 +110,12 @@ class Child:
         return self.wait()
 
     @property
+    def last_step(self) -> int:
+        """The last step whose loss it has logged; 0 for none."""
+        steps = [line.split()[1].partition("/")[0] for line in self.text.splitlines() if line.startswith("step ")]
+        return int(steps[-1]) if steps and steps[-1].isdigit() else 0
+
+    @property
     def saved_step(self) -> int:
         """The last step of which it has said that it is saved; 0 for none."""
         steps = [line.rpartition("-")[2] for line in self.text.splitlines() if line.startswith("saved checkpoint-")]
@@ -139,9 +145,7 @@ class Outcome:
         last = list_checkpoints(folder)[-1]
         assert find_damage(last) is None
         state = json.loads((last / "trainer_state.json").read_text())
-        # A checkpoint of the last step is made before the evaluation at the end of its epoch, or after it.
-        entries = [entry for entry in state["log_history"] if "loss" in entry or entry["step"] < state["global_step"]]
-        log = [{key: value for key, value in entry.items() if key not in SPEEDS} for entry in entries]
+        log = [{key: value for key, value in entry.items() if key not in SPEEDS} for entry in state["log_history"]]
         held_out = json.loads((folder / "summary.json").read_text())["held_out_after"]
         optimizer = torch.load(last / "optimizer.pt", weights_only=True)
         return cls(load_file(folder / "adapter_model.safetensors"), optimizer, log, held_out["loss"])
