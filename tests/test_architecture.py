@@ -209,4 +209,4 @@ def run_python(code: str) -> str:
 def commands() -> list[str]:
     from halfbyte.cli.main import COMMANDS
 
-    return list(COMMANDS)
+    return [name.replace("-", "_") for name in COMMANDS]

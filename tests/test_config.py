@@ -64,6 +64,11 @@ def write(folder: Path, text: str) -> Path:
         (lambda: LoraSection(alpha=float("nan")), "lora.alpha is nan; allowed: a number, above 0"),
         (lambda: LoraSection(targets=()), "lora.targets is empty"),
         (lambda: LoraSection(targets="a(b"), "lora.targets is 'a(b', no regular expression"),
+        (lambda: LoraSection(init="pisa"), "lora.init is 'pisa'; allowed: zero, pissa, pissa_niter_N"),
+        (lambda: LoraSection(init="pissa_niter_0"), "lora.init is 'pissa_niter_0'; allowed"),
+        (lambda: LoraSection(loftq_iterations=2), "lora.loftq_iterations is 2, and lora.init is zero"),
+        (lambda: LoraSection(init="pissa", dora=True), "lora.dora trains the lengths of the base's rows"),
+        (lambda: LoraSection(init="pissa", adapter="x"), "lora.adapter goes on from trained adapters"),
         (lambda: LoraSection(rank_pattern={"q": 0}), "lora.rank_pattern[q] is 0; allowed: above 0"),
         (lambda: LoraSection(layers_pattern=("h",)), "set both or neither"),
         (lambda: QuantSection(block_size=63), "quant.block_size is 63; allowed: 32, 64, 128"),
@@ -170,10 +175,18 @@ def test_load_config_takes_peft_names() -> None:
         "lora_dropout": "0",
         "target_modules": "q_proj",
         "use_rslora": "true",
+        "use_dora": "true",
+        "init_lora_weights": "true",
     }
     overrides = {f"lora.{name}": text for name, text in given_options.items()}
     loaded = load_config(None, {"model.path": "m", "data.train": "d", **overrides})
-    assert loaded.lora == LoraSection(rank=8, alpha=16, dropout=0.0, targets=("q_proj",), rslora=True)
+    assert loaded.lora == LoraSection(rank=8, alpha=16, dropout=0.0, targets=("q_proj",), rslora=True, dora=True)
+
+
+def test_lora_section_knows_what_adapters_begin_as() -> None:
+    assert LoraSection(init="pissa_niter_16").init == "pissa_niter_16"
+    assert LoraSection(init="loftq", loftq_iterations=5, rank=8).loftq_iterations == 5
+    assert LoraSection(init="loftq", dora=True).dora
 
 
 @pytest.mark.parametrize(

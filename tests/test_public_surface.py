@@ -7,14 +7,12 @@ A change here is a change for users. After one on purpose, write the files anew 
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from pathlib import Path
 
 import halfbyte
 import halfbyte.hf
-from halfbyte.cli.arguments import make_parser
-from halfbyte.cli.main import COMMANDS
+from halfbyte.cli.main import COMMANDS, load_command
 from halfbyte.config.describe import list_options
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -39,10 +37,8 @@ def parameters(thing: object) -> str:
 def command_line() -> str:
     """Return a line for each argument and option of each command."""
     lines = []
-    for name, summary in COMMANDS.items():
-        command = importlib.import_module(f"halfbyte.cli.{name}")
-        parser = make_parser(name, summary, command.SECTIONS)
-        command.add_arguments(parser)
+    for name in COMMANDS:
+        _, parser = load_command(name)
         for action in parser._actions:
             words = ", ".join(action.option_strings) or str(action.metavar)
             lines.append(f"{name} {words}" + (f" {action.metavar}" if action.option_strings and action.metavar else ""))

@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NoReturn
 
-from halfbyte.config.describe import REQUIRED, Option, find_option, list_options, nearest_option, sections
+from halfbyte.config.describe import Option, find_option, list_options, nearest_option, sections
 from halfbyte.config.values import FALSE_WORDS, TRUE_WORDS
 from halfbyte.errors import ConfigError
 
@@ -158,10 +158,9 @@ def _render_option(option: Option) -> str:
     placeholder, choices = _placeholder(option.hint), ""
     if len(placeholder) > LONGEST_PLACEHOLDER:
         placeholder, choices = "NAME", f" One of {placeholder.replace('|', ', ')}."
-    default = "required" if option.default is REQUIRED else _text_of(option.default)
     also = f" (also: {', '.join(option.aliases)})" if option.aliases else ""
     head = f"  --{option.full_name}={placeholder}"
-    body = textwrap.wrap(f"{option.doc}{choices}{also} [{default}]", width - HELP_COLUMN)
+    body = textwrap.wrap(f"{option.doc}{choices}{also} [{option.default_text}]", width - HELP_COLUMN)
     if len(head) < HELP_COLUMN:
         head, body = head.ljust(HELP_COLUMN) + body[0], body[1:]
     return "\n".join([head, *(" " * HELP_COLUMN + line for line in body)]) + "\n"
@@ -178,13 +177,3 @@ def _placeholder(hint: Any) -> str:
     if origin is dict:
         return f"NAME={_placeholder(args[1])},..."
     return {bool: "true|false", int: "N", float: "X"}.get(hint, "TEXT")
-
-
-def _text_of(value: Any) -> str:
-    if value is None or value in ((), {}):
-        return "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)

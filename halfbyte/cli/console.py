@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import sys
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from halfbyte.device import ALLOCATOR_VARIABLES, EXPANDABLE_SEGMENTS
 
@@ -50,6 +52,19 @@ def result_console() -> Console:
     return Console(highlight=False, soft_wrap=True)
 
 
+def json_text(record: Any) -> str:
+    """Return a record as one line of JSON, which knows neither infinity nor NaN: they become null."""
+    return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
+
+
 def printable(text: str) -> str:
     """Return text with control characters written out, so that none of a person's data commands the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

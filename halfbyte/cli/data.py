@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from typing import TYPE_CHECKING
 
 from halfbyte.cli.arguments import CommandParser, add_override, at_least
-from halfbyte.cli.console import printable, result_console
+from halfbyte.cli.console import json_text, printable, result_console
 from halfbyte.cli.tuned import READING, find_tokenizer
 from halfbyte.config.load import make_section, parse_overrides
 
@@ -51,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
             "prepared": dataclasses.asdict(prepared.report),
             "shown": {origin: [span._asdict() for span in spans] for origin, spans in shown.items()},
         }
-        print(json.dumps(record, ensure_ascii=False))
+        print(json_text(record))
         return 0
     console = result_console()
     for origin, spans in shown.items():

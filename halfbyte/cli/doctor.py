@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from halfbyte.cli.arguments import CommandParser
-from halfbyte.cli.console import printable, progress_console
+from halfbyte.cli.console import json_text, printable, progress_console
 from halfbyte.cli.diagnosis import Diagnosis, examine
 from halfbyte.cli.trial_step import TrialStep, try_step
 
@@ -33,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     with console.status("training one step"):
         step = try_step()
     if args.json:
-        print(hide_home(json.dumps({**dataclasses.asdict(diagnosis), "step": dataclasses.asdict(step)})))
+        print(hide_home(json_text({**dataclasses.asdict(diagnosis), "step": dataclasses.asdict(step)})))
     else:
         print(hide_home(show(diagnosis, step)))
     return 0 if step.works else 1

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from halfbyte.cli.arguments import CommandParser, at_least
-from halfbyte.cli.console import progress_console
+from halfbyte.cli.console import json_text, progress_console
 from halfbyte.cli.tuned import READING, RUN_DEFAULTS, TunedModel, find_tuned, load_tuned
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
             name: {"loss": held_out.loss, "perplexity": held_out.perplexity, "num_tokens": held_out.num_tokens}
             for name, held_out in figures.items()
         }
-        print(json.dumps({"held_out": args.held_out, "num_examples": prepared.report.num_examples, **record}))
+        print(json_text({"held_out": args.held_out, "num_examples": prepared.report.num_examples, **record}))
     else:
         for name, held_out in figures.items():
             print(f"{name + ':':<7} {held_out}")

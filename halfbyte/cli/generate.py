@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.cli.answers import add_answer_arguments, answer, build_chat_renderer, check_comparable, generation_options
 from halfbyte.cli.arguments import CommandParser
-from halfbyte.cli.console import progress_console
+from halfbyte.cli.console import json_text, progress_console
 from halfbyte.cli.tuned import RUN_DEFAULTS, TunedModel, TunedSource, find_tuned, load_tuned
 from halfbyte.errors import ConfigError, DataError
 
@@ -96,6 +95,6 @@ def render(question: str, base_answer: str | None, words: str, *, as_json: bool)
     """Return what is printed of one answer."""
     if as_json:
         record = {"prompt": question, "answer": words}
-        return json.dumps(record if base_answer is None else {**record, "base_answer": base_answer}, ensure_ascii=False)
+        return json_text(record if base_answer is None else {**record, "base_answer": base_answer})
     base = "" if base_answer is None else f"base:   {base_answer}\n"
     return f"prompt: {question}\n{base}tuned:  {words}\n"

@@ -1,7 +1,6 @@
 """The entry point: find the command, run it, and turn what goes wrong into one line.
 
-Exit codes: 0 done, 1 a failure of ours (with its traceback), 2 a mistake the person can mend, 130 interrupted,
-143 terminated; a training that was interrupted or terminated has saved a checkpoint.
+Exit codes are part of what scripts build on; EXIT_CODES says them, and so does the help.
 """
 
 from __future__ import annotations
@@ -10,8 +9,9 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
-from halfbyte.cli.arguments import make_parser, nearest_word, parse_words
+from halfbyte.cli.arguments import CommandParser, make_parser, nearest_word, parse_words
 from halfbyte.cli.console import quiet_libraries
 from halfbyte.errors import ConfigError, HalfbyteError
 
@@ -27,7 +27,17 @@ COMMANDS = {
     "quantize": "write a model as a 4-bit checkpoint",
     "runs": "list what has been trained, with held-out loss before and after",
     "doctor": "say what works on this machine and what is missing, and train one step to prove it",
+    "import-config": "translate a configuration of Axolotl or LLaMA-Factory into run.yaml",
     "schema": "print the JSON schema of run.yaml, for editors",
+    "completion": "print a script by which bash, zsh or fish completes commands and options",
+}
+
+EXIT_CODES = {
+    0: "done",
+    1: "a fault of halfbyte's, with its traceback; or doctor's training step does not work",
+    2: "something to mend: a mistake, a damaged file, a run that does not fit, what is not supported",
+    130: "interrupted; a training has saved a checkpoint, and the same command goes on with it",
+    143: "terminated; a training likewise",
 }
 
 
@@ -71,18 +81,24 @@ def run_command(words: list[str]) -> int:
         nearest = nearest_word(name, COMMANDS)
         hint = f"did you mean {nearest}?" if nearest else f"there are {', '.join(COMMANDS)}"
         raise ConfigError(f"unknown command {name}; {hint}")
-    command = importlib.import_module(f"halfbyte.cli.{name}")
-    parser = make_parser(name, COMMANDS[name], command.SECTIONS)
-    command.add_arguments(parser)
+    command, parser = load_command(name)
     if {"-h", "--help"} & set(words[1:]):
         print(parser.format_help())
         return 0
     return command.run(parse_words(parser, words[1:]))
 
 
+def load_command(name: str) -> tuple[ModuleType, CommandParser]:
+    """Return the module of a command and its parser."""
+    command = importlib.import_module(f"halfbyte.cli.{name.replace('-', '_')}")
+    parser = make_parser(name, COMMANDS[name], command.SECTIONS)
+    command.add_arguments(parser)
+    return command, parser
+
+
 def overview() -> str:
-    """Return the help of the program: its commands, a line each."""
-    lines = [f"  {name:<10} {summary}" for name, summary in COMMANDS.items()]
+    """Return the help of the program: its commands and exit codes, a line each."""
+    lines = [f"  {name:<13} {summary}" for name, summary in COMMANDS.items()]
     return "\n".join(
         [
             "usage: halfbyte COMMAND ...",
@@ -90,6 +106,9 @@ def overview() -> str:
             "Fine-tune large language models with QLoRA.",
             "",
             *lines,
+            "",
+            "exit codes:",
+            *(f"  {code:<13} {meaning}" for code, meaning in EXIT_CODES.items()),
             "",
             "halfbyte COMMAND --help lists the options of a command, halfbyte --version the version.",
         ]

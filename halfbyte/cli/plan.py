@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.cli.arguments import CommandParser, add_override
+from halfbyte.cli.console import json_text
 from halfbyte.cli.planned import describe_run, find_shape
 from halfbyte.config import DataSection, LoraSection, MemorySection, ModelSection, QuantSection, RunConfig, TrainSection
 from halfbyte.config.load import make_section, parse_overrides, read_yaml
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     pins = pins_of(config)
     plan = make_plan(shape, run_shape, card, budget, pins=pins)
     if args.json:
-        print(json.dumps(as_record(plan)))
+        print(json_text(as_record(plan)))
         return 0 if plan.fits else 2
     if not plan.fits:
         raise why_nothing_fits(plan, pins)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from halfbyte.cli.arguments import CommandParser
+from halfbyte.cli.console import json_text
 from halfbyte.cli.past_runs import SORTINGS, draw_table, find_runs, read_run, sort_runs
 from halfbyte.config.output import RUNS_FOLDER
 from halfbyte.errors import ConfigError
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
             broken.append(str(error))
     found = sort_runs(found, by=args.sort)
     if args.json:
-        print(json.dumps([one.as_dict() for one in found], ensure_ascii=False))
+        print(json_text([one.as_dict() for one in found]))
     elif found:
         print(draw_table(found))
     else:

@@ -95,21 +95,24 @@ def load_tuned(source: TunedSource, *, console: Console) -> TunedModel:
     from halfbyte.device import keep_freed_memory
     from halfbyte.models import load_adapter, load_model
     from halfbyte.models.attention import PACKED_ATTENTION
+    from halfbyte.models.weight_splits import stored_splits
 
     options = source.config.model
+    quant = quant_spec(source.config.quant)
     with console.status(f"loading {options.path}"):
         loaded = load_model(
             options.path,
-            quant=quant_spec(source.config.quant),
+            quant=quant,
             compute_dtype=source.config.compute_dtype,
             device=options.device,
             allow_16bit_experts=options.allow_16bit_experts,
             attn_implementation=options.attention or PACKED_ATTENTION,
             revision=options.revision,
+            splits=stored_splits(source.adapter, quant),
         )
     console.print(str(loaded.report), markup=False)
     if source.adapter is not None:
-        console.print(str(load_adapter(loaded.model, source.adapter)), markup=False)
+        console.print(str(load_adapter(loaded.model, source.adapter, splits=loaded.splits)), markup=False)
     if loaded.report.device.type == "cpu":
         keep_freed_memory()
     return TunedModel(

@@ -46,6 +46,20 @@ class Option:
     def allowed(self) -> str:
         return allowed_values(self.hint, self.bounds)
 
+    @property
+    def default_text(self) -> str:
+        """The default as one would type it, or "required"."""
+        value = self.default
+        if value is REQUIRED:
+            return "required"
+        if value is None or value in ((), {}):
+            return "none"
+        if isinstance(value, bool):
+            return str(value).lower()
+        if isinstance(value, tuple):
+            return ",".join(map(str, value))
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
 
 def sections() -> dict[str, Any]:
     """Return the class of each section by its name, in order."""

@@ -72,6 +72,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: The file is missing, no YAML, or holds an unknown option or a value that is not allowed.
     """
+    root = compose_yaml(path, expected="sections such as 'model:' and 'data:'")
+    values: dict[str, Any] = {}
+    for name, node, where in entries_of(root, path):
+        if name not in sections():
+            _add(values, name, node, where)
+        elif isinstance(node, yaml.MappingNode):
+            for inner, inner_node, inner_where in entries_of(node, path):
+                _add(values, f"{name}.{inner}", inner_node, inner_where)
+        elif not _is_null(node):
+            raise ConfigError(f"{where}{name} is a section; put its options below it, indented")
+    return values
+
+
+def compose_yaml(path: Path, *, expected: str) -> yaml.MappingNode:
+    """Return the tree of a YAML file.
+
+    Raises:
+        ConfigError: The file is missing, no YAML, or no mapping; `expected` says of what.
+    """
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except FileNotFoundError:
@@ -84,22 +103,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {error}") from None
     if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"{path}: no options in it; expected sections such as 'model:' and 'data:'")
-    values: dict[str, Any] = {}
-    for name, node, where in _entries(root, path):
-        if name not in sections():
-            _add(values, name, node, where)
-        elif isinstance(node, yaml.MappingNode):
-            for inner, inner_node, inner_where in _entries(node, path):
-                _add(values, f"{name}.{inner}", inner_node, inner_where)
-        elif not _is_null(node):
-            raise ConfigError(f"{where}{name} is a section; put its options below it, indented")
-    return values
+        raise ConfigError(f"{path}: no options in it; expected {expected}")
+    return root
 
 
 def to_yaml(config: RunConfig) -> str:
     """Return YAML from which `load_config` makes an equal config."""
-    return yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(_plain(config), Dumper=ConfigDumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def save_run_config(config: RunConfig, folder: str | Path) -> Path:
@@ -117,7 +127,7 @@ def lasting_config(config: RunConfig) -> RunConfig:
 RARE_LINE_ENDS = "\x85\u2028\u2029"
 
 
-class _Dumper(yaml.SafeDumper):
+class ConfigDumper(yaml.SafeDumper):
     """Quotes the words that mean nothing (none, null, ~) where they are text, and rare line ends, which get folded."""
 
     def represent_text(self, text: str) -> yaml.Node:
@@ -126,7 +136,7 @@ class _Dumper(yaml.SafeDumper):
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
-_Dumper.add_representer(str, _Dumper.represent_text)
+ConfigDumper.add_representer(str, ConfigDumper.represent_text)
 
 
 def _plain(value: Any) -> Any:
@@ -137,7 +147,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _entries(node: yaml.MappingNode, path: Path) -> list[tuple[str, yaml.Node, str]]:
+def entries_of(node: yaml.MappingNode, path: Path) -> list[tuple[str, yaml.Node, str]]:
     """Return key, value node and `file:line: ` of each entry of a mapping."""
     entries: list[tuple[str, yaml.Node, str]] = []
     for key, value in node.value:

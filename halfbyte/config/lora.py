@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from halfbyte.config.adapter_init import ZERO, check_init
 from halfbyte.config.option import option
-from halfbyte.config.values import NONE_WORDS, check_section
+from halfbyte.config.values import NONE_WORDS, TRUE_WORDS, check_section
 from halfbyte.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
@@ -30,6 +31,13 @@ class LoraSection:
     """Names, or a regular expression, of layers that get none although they match."""
     rslora: bool = option(False, aliases=("use_rslora",))
     """Scale by alpha / sqrt(rank) instead."""
+    dora: bool = option(False, aliases=("use_dora",))
+    """Train the lengths of the weights' rows too (DoRA). Slower, the more so with dropout."""
+    init: str = option(ZERO, aliases=("init_lora_weights",))
+    """What adapters begin as: zero changes nothing; pissa, pissa_niter_N (N rounds of a faster decomposition) and loftq
+    begin from the weights, which must not be in 4 bits already."""
+    loftq_iterations: int = option(1, minimum=1, aliases=("loftq_iter",))
+    """Rounds of quantising and decomposing of lora.init=loftq."""
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     """Another rank for layers whose path matches: down_proj=32."""
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -45,6 +53,15 @@ class LoraSection:
 
     def __post_init__(self) -> None:
         check_section(self, "lora")
+        # PEFT's word for it.
+        if self.init in TRUE_WORDS:
+            object.__setattr__(self, "init", ZERO)
+        check_init(self.init, self.loftq_iterations, dora=self.dora)
+        if self.init != ZERO and self.adapter is not None:
+            raise ConfigError(
+                f"lora.adapter goes on from trained adapters, and lora.init={self.init} says how new ones begin; leave "
+                "one of them out"
+            )
         for name in ("targets", "exclude"):
             object.__setattr__(self, name, _names_or_regex(name, getattr(self, name)))
         if not self.targets:

@@ -100,7 +100,7 @@ class TrainSection:
     save_total_limit: int | None = option(2, minimum=1, decides_result=False)
     """Checkpoints kept, the newest; the one with the lowest held-out loss stays besides. none: all."""
     report_to: tuple[str, ...] = option(("tensorboard",), decides_result=False)
-    """Loggers by their transformers names (tensorboard, wandb, ...). none: no logger."""
+    """Loggers by their transformers names (tensorboard, wandb, mlflow, trackio, ...). none: no logger."""
     seed: int = option(42, minimum=0)
     """Of adapters, data order and dropout."""
     dataloader_num_workers: int = option(0, minimum=0, decides_result=False)

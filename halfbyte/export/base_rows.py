@@ -28,6 +28,26 @@ def iter_base_rows(weight: torch.Tensor | QuantizedTensor) -> Iterator[tuple[sli
             yield rows, weight[rows].float()
 
 
+def update_of_rows(
+    values: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, *, scaling: float, magnitude: torch.Tensor | None
+) -> torch.Tensor:
+    """Return what an adapter adds to some rows of a base weight, in fp32.
+
+    Args:
+        values: The rows, (rows, in_features), fp32.
+        lora_A: (rank, in_features).
+        lora_B: The same rows of it, (rows, rank).
+        scaling: Of their product.
+        magnitude: With DoRA the lengths that the rows get, (rows,).
+    """
+    update = (lora_B.float() @ lora_A.float()).mul_(scaling)
+    if magnitude is None:
+        return update
+    turned = values + update
+    gain = magnitude.float() / torch.linalg.vector_norm(turned, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    return turned.mul_(gain[:, None]).sub_(values)
+
+
 def _rows_at_once(weight: torch.Tensor | QuantizedTensor, width: int) -> int:
     step = max(1, BLOCK_ELEMENTS // width)
     if not isinstance(weight, QuantizedTensor):

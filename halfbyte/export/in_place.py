@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from halfbyte.export.base_rows import iter_base_rows
+from halfbyte.export.base_rows import iter_base_rows, update_of_rows
 from halfbyte.export.rounding import generator_for, round_fairly
 from halfbyte.models import PreTrainedModel
 from halfbyte.models.half_storage import HalfEmbedding, HalfHead
@@ -82,7 +82,14 @@ def _merged(path: str, module: LoraLinear, dtype: torch.dtype) -> torch.Tensor:
     merged = torch.empty(module.out_features, module.in_features, dtype=dtype, device=module.lora_A.device)
     generator = generator_for(f"{path}.weight")
     for rows, values in iter_base_rows(base):
-        update = (module.lora_B[rows].float() @ module.lora_A.float()).mul_(module.scaling)
+        magnitude = module.lora_magnitude_vector
+        update = update_of_rows(
+            values,
+            module.lora_A,
+            module.lora_B[rows],
+            scaling=module.scaling,
+            magnitude=None if magnitude is None else magnitude[rows],
+        )
         merged[rows] = round_fairly((values + update).cpu(), dtype, generator=generator)
     return merged
 

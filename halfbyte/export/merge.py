@@ -1,6 +1,6 @@
 """Merge an adapter into its base: one plain transformers model, written tensor by tensor.
 
-    W' = W + scaling * B A        in fp32, a block of rows at a time, rounded once
+    W' = W + scaling * B A        in fp32, a block of rows at a time, rounded once; DoRA scales the rows of that
 
 **Which W** is for the person to choose, because they differ. `dequantized` is what the adapter saw in training, the
 4-bit form written out: the merged model is the tuned model. `original` is the base's own weights in 16 or 32 bits: a
@@ -26,27 +26,30 @@ from typing import Any, Literal
 import torch
 
 from halfbyte.errors import ConfigError, FormatError
-from halfbyte.export.base_rows import iter_base_rows
+from halfbyte.export.base_rows import iter_base_rows, update_of_rows
 from halfbyte.export.description import write_description
 from halfbyte.export.folder import new_folder
 from halfbyte.export.rounding import generator_for, round_fairly
 from halfbyte.export.shards import ShardWriter, TensorWriter
 from halfbyte.models import PreTrainedModel
-from halfbyte.models.adapter_files import Adapter, AdapterTensors, find_adapter_weights, open_adapter
+from halfbyte.models.adapter_files import Adapter, find_adapter_weights, open_adapter
+from halfbyte.models.adapter_tensors import AdapterTensors
 from halfbyte.models.build import build_meta_model
 from halfbyte.models.describe import load_config
 from halfbyte.models.load import quantizable_layers
 from halfbyte.models.placement import Placement, make_placements
 from halfbyte.models.run_folder import load_run_quant
 from halfbyte.models.source import ModelSource, resolve_source
+from halfbyte.models.weight_splits import halve_adapter, has_halves
 from halfbyte.models.weights import LazyTensor, iter_weights
 from halfbyte.nn import LoraSpec
+from halfbyte.nn.split import Factors, quantize_rest
 from halfbyte.ops import quantize_4bit
 from halfbyte.quant import QuantizedTensor, QuantSpec
 from halfbyte.quant.bnb_format import load_quantized
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-NO_ADAPTER = Adapter(spec=LoraSpec(), tensors=AdapterTensors(lora_A={}, lora_B={}, saved={}), alphas={})
+NO_ADAPTER = Adapter(spec=LoraSpec(), tensors=AdapterTensors(lora_A={}, lora_B={}, magnitude={}, saved={}), alphas={})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,13 +155,16 @@ def open_merge(
     model = build_meta_model(config, dtype=torch.float32)
     placements = make_placements(model, [tensor for _, tensor in iter_weights(source)])
     opened = NO_ADAPTER if adapter is None else open_adapter(model, adapter)
+    taken: dict[str, Factors] = {}
     if spec == "run":
         spec = None if adapter is None else load_run_quant(Path(adapter))
     layers = set()
     if onto == "dequantized" and spec is not None and not any(placement.is_quantized for placement in placements):
         layers = quantizable_layers(model, config)
+        if adapter is not None and has_halves(find_adapter_weights(Path(adapter))):
+            opened, taken = halve_adapter(opened)
     merger = Merger(source, model, placements, opened, onto=onto, spec=spec, layers=layers, dtype=dtype)
-    merger.keeps_vectors = keeps_vectors
+    merger.keeps_vectors, merger.taken = keeps_vectors, taken
     return merger
 
 
@@ -180,6 +186,7 @@ class Merger:
         dtype: Of merged weights.
         untied: Whether parameters that were one tensor become two.
         keeps_vectors: Leave tensors of one dimension in the dtype they have.
+        taken: What is taken out of weights before they are quantised, see `weight_splits`.
     """
 
     def __init__(
@@ -199,6 +206,7 @@ class Merger:
         self.model = model
         self.placements = placements
         self.keeps_vectors = False
+        self.taken: dict[str, Factors] = {}
         self._onto = onto
         self._adapter = adapter
         self._spec = spec
@@ -303,10 +311,10 @@ class Merger:
         return self._quantized_if_meant(placement.tensors[0].read(), path)
 
     def _quantized_if_meant(self, weight: torch.Tensor, path: str) -> torch.Tensor | QuantizedTensor:
-        if path not in self._layers:
-            return weight
-        assert self._spec is not None
-        return quantize_4bit(weight, self._spec)
+        spec = self._spec if path in self._layers else None
+        if path in self.taken:
+            return quantize_rest(weight, self.taken[path], self._adapter.scaling(path), spec)
+        return weight if spec is None else quantize_4bit(weight, spec)
 
     def _write_layer(self, name: str, path: str, base: torch.Tensor | QuantizedTensor, writer: TensorWriter) -> None:
         num_rows, width = base.shape
@@ -318,8 +326,14 @@ class Merger:
             if path not in tensors.lora_A:
                 yield self._cast(values, name)
                 continue
-            update = tensors.lora_B[path][rows].float() @ tensors.lora_A[path].float()
-            update.mul_(self._adapter.scaling(path))
+            magnitude = tensors.magnitude.get(path)
+            update = update_of_rows(
+                values,
+                tensors.lora_A[path],
+                tensors.lora_B[path][rows],
+                scaling=self._adapter.scaling(path),
+                magnitude=None if magnitude is None else magnitude[rows],
+            )
             merged = values + update
             self._check_range(merged, name)
             written = round_fairly(merged, self.dtype, generator=generator)

@@ -1,84 +1,101 @@
-"""An Ollama Modelfile beside a GGUF file: which template, where a turn ends, which system prompt.
+"""An Ollama Modelfile beside a GGUF file: where the weights are, how a conversation is written, where answers end.
 
-Ollama reads no Jinja. Which of the usual templates a model speaks is found by rendering a small conversation with its
-own: the text tells. Without a TEMPLATE Ollama would take plain text, and a model would answer beside the point.
+Ollama writes conversations by a template in Go's language. See `turn_style` for how it is derived from the model's own
+Jinja template, and when it is not.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from halfbyte.data.chat import ChatTemplate, find_chat_template
+from halfbyte.export.folder import new_file
+from halfbyte.export.turn_style import find_turn_style
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-QUESTION, ANSWER = "halfbyte-question", "halfbyte-answer"
+_NO_TEMPLATE = "the Modelfile has no TEMPLATE, because {}: look at what Ollama makes of conversations, or write one"
+_UNQUOTABLE = "the Modelfile has no {}: the text {}"
+# A quoted text ends where three quotes end a line; there is no way to write them there.
+_CLOSING = re.compile(r'"""[ \t]*[\r\n]')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Style:
-    """A way in which conversations are written."""
+class Modelfile:
+    """The text of a Modelfile; `save` writes it."""
 
-    turn: str
-    """The user's turn as it is rendered, and what opens the answer."""
-    template: str
-    """The same for Ollama, in Go's template language."""
-    stop: tuple[str, ...]
+    text: str
+    notes: tuple[str, ...] = ()
+    """What it does not say, and why."""
 
+    def save(self, path: str | Path) -> None:
+        """Write it.
 
-STYLES = (
-    _Style(
-        turn=f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n",
-        template=(
-            "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
-        ),
-        stop=("<|im_start|>", "<|im_end|>"),
-    ),
-    _Style(
-        turn=(
-            f"<|start_header_id|>user<|end_header_id|>\n\n{QUESTION}<|eot_id|>"
-            "<|start_header_id|>assistant<|end_header_id|>\n\n"
-        ),
-        template=(
-            "{{- range .Messages }}<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n{{ .Content }}<|eot_id|>{{ end }}"
-            "<|start_header_id|>assistant<|end_header_id|>\n\n"
-        ),
-        stop=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    ),
-    _Style(
-        turn=f"[INST] {QUESTION} [/INST]",
-        template=(
-            '{{- range .Messages }}{{ if eq .Role "assistant" }} {{ .Content }}</s>{{ else }}[INST] {{ .Content }} '
-            "[/INST]{{ end }}{{ end }}"
-        ),
-        stop=("[INST]", "[/INST]"),
-    ),
-)
+        Raises:
+            ConfigError: Something is at `path`.
+        """
+        with new_file(Path(path)) as temporary:
+            temporary.write_text(self.text, encoding="utf-8")
 
 
-def make_modelfile(gguf_name: str, tokenizer: PreTrainedTokenizerBase, *, system: str | None) -> tuple[str, str | None]:
-    """Return the text of a Modelfile, and what to tell where it lacks a template.
+def make_modelfile(
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    weights: str | Path,
+    adapter: str | Path | None = None,
+    system: str | None = None,
+) -> Modelfile:
+    """Return the Modelfile for a model.
 
     Args:
-        gguf_name: The GGUF file, as seen from the Modelfile.
-        tokenizer: With the model's chat template.
-        system: The system prompt that the model was trained with.
+        folder: Where it will lie; files in the same folder are named relative to it.
+        tokenizer: The model's, with its chat template.
+        weights: GGUF file or folder of the model.
+        adapter: GGUF file of an adapter.
+        system: System prompt of conversations that have none; None for the chat template's own.
     """
-    style = _find_style(tokenizer)
-    lines = [f"FROM ./{gguf_name}"]
-    note = None
+    template = find_chat_template(tokenizer) if tokenizer.chat_template else None
+    style = None if template is None else find_turn_style(template)
+    lines, notes = [f"FROM {_named_from(folder, weights)}"], []
+    if adapter is not None:
+        lines.append(f"ADAPTER {_named_from(folder, adapter)}")
+    texts = {}
     if style is None:
-        note = "its chat template is none that is known here: write a TEMPLATE into the Modelfile"
+        reason = "the model has no chat template" if template is None else "the chat template's turns are not all alike"
+        notes.append(_NO_TEMPLATE.format(reason))
     else:
-        lines += [f'TEMPLATE """{style.template}"""', *(f'PARAMETER stop "{stop}"' for stop in style.stop)]
+        texts["TEMPLATE"] = style.go_template()
+        system = system or style.default_system
     if system:
-        lines.append('SYSTEM """' + system.replace('"""', '\\"\\"\\"') + '"""')
-    return "\n".join(lines) + "\n", note
+        texts["SYSTEM"] = system
+    for instruction, text in texts.items():
+        problem = _why_unquotable(text)
+        if problem is None:
+            lines.append(f'{instruction} """{text}"""')
+        else:
+            notes.append(_UNQUOTABLE.format(instruction, problem))
+    lines += [f'PARAMETER stop "{text}"' for text in _stop_texts(tokenizer, template)]
+    return Modelfile(text="\n".join(lines) + "\n", notes=tuple(notes))
 
 
-def _find_style(tokenizer: PreTrainedTokenizerBase) -> _Style | None:
-    if not tokenizer.chat_template:
-        return None
-    messages = [{"role": "user", "content": QUESTION}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return next((style for style in STYLES if isinstance(text, str) and style.turn in text), None)
+def _named_from(folder: str | Path, target: str | Path) -> str:
+    target = Path(target).absolute()
+    return f"./{target.name}" if target.parent == Path(folder).absolute() else str(target)
+
+
+def _why_unquotable(text: str) -> str | None:
+    """Return why a text cannot stand in a Modelfile, None where it can."""
+    if _CLOSING.search(text):
+        return 'has a line that ends with """'
+    dropped = [letter for letter in text if not letter.isprintable() and letter not in "\n\r\t"]
+    return f"holds {dropped[0]!r}, which Ollama drops" if dropped else None
+
+
+def _stop_texts(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None) -> list[str]:
+    end_of_turn = (template.end_of_turn or "").strip() if template else ""
+    return [text for text in dict.fromkeys((end_of_turn, tokenizer.eos_token)) if text]

@@ -19,6 +19,7 @@ from halfbyte.export.in_place import merge_in_place
 from halfbyte.export.shards import ShardWriter
 from halfbyte.models import PreTrainedModel, load_adapter, load_model, resolve_source
 from halfbyte.models.source import ModelSource
+from halfbyte.models.weight_splits import stored_splits
 from halfbyte.nn import Linear4bit
 from halfbyte.quant import QuantSpec
 from halfbyte.quant.bnb_format import config_entry
@@ -78,10 +79,11 @@ def _load_merged(
 ) -> tuple[PreTrainedModel, torch.dtype]:
     """Return a model of plain layers in the compute dtype, and the 16-bit dtype it is written in."""
     quant = trained_on if adapter is not None else None
-    loaded = load_model(source, quant=quant, device=device, allow_16bit_experts=allow_16bit_experts)
+    splits = stored_splits(adapter, quant)
+    loaded = load_model(source, quant=quant, device=device, allow_16bit_experts=allow_16bit_experts, splits=splits)
     computing = loaded.report.compute_dtype
     if adapter is not None:
-        load_adapter(loaded.model, adapter)
+        load_adapter(loaded.model, adapter, splits=loaded.splits)
     model = merge_in_place(loaded.model, dtype=computing)
     return model.eval(), computing if computing.itemsize == 2 else torch.bfloat16
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.errors import ConfigError
 from halfbyte.export import merge_in_place
+from halfbyte.hf.peft_class import AdaptedModel
 from halfbyte.hf.said import refuse_unless_default, say
 from halfbyte.models import load_adapter, read_adapter_config, save_adapter, spec_from_adapter_config
 from halfbyte.nn import AdapterReport, LoraSpec, adapters_disabled, attach_adapters
@@ -21,7 +22,6 @@ from halfbyte.nn import AdapterReport, LoraSpec, adapters_disabled, attach_adapt
 _ONLY: dict[str, Any] = {
     "bias": "none",
     "fan_in_fan_out": False,
-    "use_dora": False,
     "lora_bias": False,
     "init_lora_weights": True,
     "task_type": "CAUSAL_LM",
@@ -55,7 +55,7 @@ class LoraConfig:
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     fan_in_fan_out: bool = False
-    init_lora_weights: bool = True
+    init_lora_weights: bool | str = True
     inference_mode: bool = False
     use_dora: bool = False
     lora_bias: bool = False
@@ -66,6 +66,11 @@ class LoraConfig:
     revision: str | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.init_lora_weights, str):
+            raise ConfigError(
+                f"LoraConfig: init_lora_weights={self.init_lora_weights!r} looks at the weights, which are in 4 bits "
+                "already when adapters are attached to a model; use `halfbyte train --lora.init=...` for that"
+            )
         values = {name: getattr(self, name) for name in _ONLY}
         values["task_type"] = getattr(self.task_type, "value", self.task_type)
         refuse_unless_default("LoraConfig", values, _ONLY)
@@ -78,6 +83,7 @@ class LoraConfig:
             alpha=self.lora_alpha,
             dropout=self.lora_dropout,
             rslora=self.use_rslora,
+            dora=self.use_dora,
             targets=_names(self.target_modules) or "all-linear",
             exclude=_tuple(self.exclude_modules) or (),
             rank_pattern=dict(self.rank_pattern or {}),
@@ -96,6 +102,7 @@ class LoraConfig:
             lora_alpha=spec.alpha,
             lora_dropout=spec.dropout,
             use_rslora=spec.rslora,
+            use_dora=spec.dora,
             modules_to_save=list(spec.modules_to_save) or None,
             rank_pattern=dict(spec.rank_pattern),
             alpha_pattern=dict(spec.alpha_pattern),
@@ -112,16 +119,15 @@ class LoraConfig:
 PeftConfig = LoraConfig
 
 
-class PeftModel(nn.Module):
+class PeftModel(AdaptedModel):
     """A causal language model with adapters; `base_model.model` is the transformers model itself.
 
-    Attributes that are not its own are those of the transformers model (`config`, `device`, `generate` ...).
+    Attributes that are not its own are those of the transformers model (`config`, `device`, `generate` ...). Other
+    trainers than ours take it as they take PEFT's own, see `halfbyte.hf.peft_class`.
     """
 
     def __init__(self, model: PreTrainedModel, config: LoraConfig, report: AdapterReport) -> None:
-        super().__init__()
-        self.base_model = _LoraModel(model)
-        self.peft_config = {"default": config}
+        AdaptedModel.__init__(self, _LoraModel(model), config)
         self.report = report
 
     @classmethod
@@ -150,20 +156,9 @@ class PeftModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model(*args, **kwargs)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":
-                raise
-            return getattr(self.base_model.model, name)
-
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' generate with the adapter applied, unmerged."""
         return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
-
-    def get_base_model(self) -> PreTrainedModel:
-        return self.base_model.model
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         return self.report.trainable_parameters, self.report.total_parameters
@@ -182,13 +177,22 @@ class PeftModel(nn.Module):
             yield
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write adapter_config.json and adapter_model.safetensors."""
-        refuse_unless_default(
-            "PeftModel.save_pretrained", kwargs, {**dict.fromkeys(kwargs), "safe_serialization": True}
-        )
+        """Write adapter_config.json and adapter_model.safetensors.
+
+        Args:
+            save_directory: Made where it is missing.
+            **kwargs: PEFT's and transformers' arguments, where they ask for just this. `state_dict` is not needed.
+        """
+        only = {"safe_serialization": True, "is_main_process": True, "save_embedding_layers": "auto"}
+        refuse_unless_default("PeftModel.save_pretrained", kwargs, {**dict.fromkeys(kwargs), **only})
         model, config = self.base_model.model, self.peft_config["default"]
         base = config.base_model_name_or_path or model.config._name_or_path
-        save_adapter(model, Path(save_directory), base_model=base, spec=config.spec)
+        in_use = self.active_adapter
+        self.set_adapter("default")
+        try:
+            save_adapter(model, Path(save_directory), base_model=base, spec=config.spec)
+        finally:
+            self.set_adapter(in_use)
 
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, **kwargs: Any) -> PreTrainedModel:
         """Give a plain 16-bit model with the adapter added to the dequantised weights.

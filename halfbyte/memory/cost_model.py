@@ -126,6 +126,10 @@ class CostModel:
         forward = products + attention + expanded + self._moved(forward_numbers * tokens * itemsize)
         backward = products + ATTENTION_BACKWARD * attention + expanded
         backward += self._moved(backward_numbers * tokens * itemsize)
+        if self.run.dora:
+            # See `dora_linear`: dropout takes a second product each way, the magnitude one in the backward.
+            forward += self.run.drops * products
+            backward += (1 + self.run.drops) * products
         again = 0.0
         if policy != "keep":
             shapes = shape.projection_shapes

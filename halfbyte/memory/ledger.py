@@ -172,8 +172,10 @@ class LedgerMaker:
                 rank = self._padded(rank)
                 copies += rank * (in_ + (0 if self._rides else out))
         pages = run.pages_optimizer and self.card.is_gpu
+        first = [Entry("what adapters begin from (fp32)", 4 * numbers)] if run.keeps_first else []
         return [
             Entry("adapters (fp32)", 4 * numbers),
+            *first,
             Entry("their gradients (fp32)", 4 * numbers),
             Entry(
                 f"optimizer state ({run.state_bits} bits)",
@@ -310,15 +312,14 @@ def block_weight_bytes(shape: ModelShape, run: RunShape) -> tuple[int, int]:
 
 def adapter_numbers(shape: ModelShape, run: RunShape) -> int:
     """Return the trained numbers of a block's adapters."""
-    return sum(run.rank * sum(shape.projection_shapes[name]) for name in run.targets)
+    return sum(numbers for name in run.targets for numbers in _adapter_tensors(shape, run, name))
 
 
 def optimizer_bytes(shape: ModelShape, run: RunShape) -> int:
     """Return the bytes of both moments of all adapters."""
     total = 0
     for name in run.targets:
-        for features in shape.projection_shapes[name]:
-            numbers = run.rank * features
+        for numbers in _adapter_tensors(shape, run, name):
             if run.state_bits == 8 and numbers >= MIN_8BIT_NUMEL:
                 total += 2 * -(-numbers // STATE_BLOCK) * (STATE_BLOCK + 4)
             else:
@@ -326,14 +327,21 @@ def optimizer_bytes(shape: ModelShape, run: RunShape) -> int:
     return shape.layers * total
 
 
+def _adapter_tensors(shape: ModelShape, run: RunShape, name: str) -> list[int]:
+    """Return the sizes of the trained tensors of one projection: of A and B, and with DoRA of the magnitude."""
+    out, in_ = shape.projection_shapes[name]
+    return [run.rank * out, run.rank * in_, *([out] if run.dora else [])]
+
+
 def slack_bytes(shape: ModelShape, run: RunShape, tokens: int) -> int:
     """Return what torch's allocator reserves and cannot fill, as measured.
 
-    With segments that grow, 70 to 290 MiB on Llama shapes of 7B to 65B. With fixed ones, 230 to 930 MiB, and more on
-    shapes whose tensors fit badly into each other's places: 2.1 GiB on Qwen2.5-7B's, 3.9 on Qwen3-4B's.
+    With segments that grow, 70 to 290 MiB on shapes of 135M to 65B: they grow by 20 MiB, each pool by itself. With
+    fixed ones, 230 to 930 MiB, and more on shapes whose tensors fit badly into each other's places: 2.1 GiB on
+    Qwen2.5-7B's, 3.9 on Qwen3-4B's.
     """
     hidden = tokens * shape.width * run.compute_bytes
-    return 40 * MIB + 3 * hidden if run.expandable_segments else 224 * MIB + 8 * hidden
+    return 100 * MIB + 2 * hidden if run.expandable_segments else 224 * MIB + 8 * hidden
 
 
 def _aligned(num_bytes: int) -> int:

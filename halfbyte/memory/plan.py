@@ -22,8 +22,8 @@ from halfbyte.memory.run_shape import Choice, RunShape, runs_of
 
 # Points of the coarse grid along blocks.
 GRID_POINTS = 17
-# What a plan may err by, and must not use.
-MARGIN = 0.02
+# What a plan may err by, and must not use: a share, and what the allocator's steps of 20 MiB come to on small cards.
+MARGIN, MARGIN_BYTES = 0.02, 64 * 2**20
 # Differences that are worth being told: a cheaper plan takes so much less, a faster one so much less time.
 LESS_BYTES, LESS_SECONDS = 0.9, 0.95
 # What lives on the device cannot be late: at equal time nothing visits. Shares of the time, the first for all blocks.
@@ -76,10 +76,8 @@ class Candidate:
 
     def fits(self, budget: Budget) -> bool:
         """Say whether it does, with a margin on the device."""
-        return (
-            self.ledger.device_bytes <= budget.device_bytes * (1 - MARGIN)
-            and self.ledger.host_bytes <= budget.host_bytes
-        )
+        margin = max(MARGIN * budget.device_bytes, MARGIN_BYTES) if budget.device_bytes else 0
+        return self.ledger.device_bytes <= budget.device_bytes - margin and self.ledger.host_bytes <= budget.host_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,7 @@ import os
 from typing import Literal
 
 from halfbyte.config import RunConfig
+from halfbyte.config.adapter_init import alters_base
 from halfbyte.device import ALLOCATOR_VARIABLES, EXPANDABLE_SEGMENTS
 from halfbyte.errors import PlanError
 from halfbyte.memory.activation_policy import Policy
@@ -45,6 +46,8 @@ def run_shape_of(
         row_tokens=config.data.max_length,
         batch_rows=batch_rows_of(config),
         rank=max(lora.rank, *lora.rank_pattern.values()) if lora.rank_pattern else lora.rank,
+        dora=lora.dora,
+        keeps_first=alters_base(lora.init, lora.loftq_iterations),
         targets=_targets_of(lora.targets),
         in_4bit=config.quant.enabled,
         block_size=config.quant.block_size,
@@ -54,7 +57,7 @@ def run_shape_of(
         pages_optimizer=train.optim.startswith("paged"),
         drops=lora.dropout > 0,
         fp8=train.fp8,
-        fused=train.fused and is_fusable,
+        fused=train.fused and is_fusable and not lora.dora,
         expandable_segments=expandable_segments,
         may_spill=config.memory.spill_folder is not None,
     )

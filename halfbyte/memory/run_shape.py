@@ -25,6 +25,10 @@ class RunShape:
     """Rows of an optimizer step."""
     rank: int = 16
     """Of every adapter."""
+    dora: bool = False
+    """Whether adapters have a magnitude of each output too."""
+    keeps_first: bool = False
+    """Whether what adapters begin from was taken out of the base, and is kept."""
     targets: tuple[str, ...] = PROJECTIONS
     """The projections of a block that have one."""
     in_4bit: bool = True

@@ -27,7 +27,6 @@ CONFIG_FILE = "adapter_config.json"
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
-    "use_dora": (False, None),
     "lora_bias": (False, None),
     "use_qalora": (False, None),
     "use_bdlora": (None, False),
@@ -82,6 +81,7 @@ def spec_from_adapter_config(values: Mapping[str, Any]) -> LoraSpec:
             alpha=float(values["lora_alpha"]),
             dropout=float(values.get("lora_dropout") or 0.0),
             rslora=bool(values.get("use_rslora")),
+            dora=bool(values.get("use_dora")),
             targets=targets if isinstance(targets, str) else tuple(sorted(targets)),
             exclude=_names(values.get("exclude_modules")),
             rank_pattern=dict(values.get("rank_pattern") or {}),
@@ -129,6 +129,8 @@ def make_adapter_config(
         "target_modules": names,
         "task_type": "CAUSAL_LM",
         "use_rslora": spec.rslora,
+        # Not before PEFT 0.9, which is the first that can load it.
+        **({"use_dora": True} if spec.dora else {}),
     }
 
 

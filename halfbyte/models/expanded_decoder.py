@@ -6,10 +6,10 @@ linear is folded into them:
 
     [Q K V] = diag(n1) (W + s B A)'     [Gate Up] = diag(n2) (W + s B A)'     O, Down = (W + s B A)'
 
-W restored from 4 bits, s B A the adapter, n the weight of the norm. All of it is exact but for roundings of fp32, which
-are far below those of the 16-bit products that a GPU would use. Matrices lie (in, out), the order in which a row times
-a matrix reads memory from front to back. What is left of a norm is one number a token, and it rides as the product's
-factor. A layer is then some fifteen calls, four of them products.
+W restored from 4 bits, s B A the adapter, n the weight of the norm; with DoRA rows have its lengths. All of it is exact
+but for roundings of fp32, which are far below those of the 16-bit products that a GPU would use. Matrices lie (in,
+out), the order in which a row times a matrix reads memory from front to back. What is left of a norm is one number a
+token, and it rides as the product's factor. A layer is then some fifteen calls, four of them products.
 
 Keys and values have fixed places, prompts of a batch start at place 0 each, and there is no padding. A prompt goes
 through the same code as a token, one prompt at a time.
@@ -31,7 +31,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from halfbyte.models.fused_layers import FusedLayer, has_fixed_angles, iter_decoder_layers, why_not_fused
+from halfbyte.models.fused_layers import has_fixed_angles, iter_decoder_layers, why_not_fused
 from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.static_decoder import (
     SHELLS,
@@ -244,8 +244,8 @@ def why_not_expanded(model: PreTrainedModel) -> str | None:
     layers = list(iter_decoder_layers(model))
     if type(model).__name__ not in SHELLS or not layers:
         return f"{type(model).__name__} is not among the known models"
-    if not all(isinstance(layer, FusedLayer) and why_not_fused(layer) is None for layer in layers):
-        return "its layers are not fused"
+    if any(why_not_fused(layer, takes_magnitudes=True) is not None for layer in layers):
+        return "its layers are not what fused blocks compute"
     weight: Any = model.get_input_embeddings().weight
     if compute_device_of(model).type != "cpu" or weight.itemsize > 4:
         return "it is not on a CPU, or computes in fp64"
@@ -296,9 +296,13 @@ def _fold(projections: Sequence[Any], workspace: Workspace, norm_D: torch.Tensor
             part_FD = dequantize_4bit(base.quantized, dtype=torch.float32, workspace=workspace)
         else:
             part_FD = base.weight.detach().float()
-        if isinstance(projection, LoraLinear) and projection.adapter_enabled:
-            A_RD, B_FR = projection.lora_A.detach().float(), projection.lora_B.detach().float()
+        if isinstance(projection, LoraLinear) and projection.acting is not None:
+            A_RD, B_FR = (factor.detach().float() for factor in projection.acting)
             part_FD = torch.addmm(part_FD, B_FR, A_RD, alpha=projection.scaling)
+            if projection.lora_magnitude_vector is not None:
+                # The lengths are those of the sum, whatever made it.
+                lengths_F1 = torch.linalg.vector_norm(part_FD, dim=1, keepdim=True)
+                part_FD *= projection.lora_magnitude_vector.detach().float()[:, None] / lengths_F1
         if norm_D is not None:
             part_FD = part_FD * norm_D.float()
         weight_DF[:, start : start + part_FD.shape[0]] = part_FD.T

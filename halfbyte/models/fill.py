@@ -15,6 +15,7 @@ from halfbyte.models.build import kept_in_fp32
 from halfbyte.models.placement import Placement
 from halfbyte.models.staging import iter_on_device
 from halfbyte.models.streaming import SlabFiller
+from halfbyte.models.weight_splits import WeightSplits
 from halfbyte.models.weights import LazyTensor
 from halfbyte.nn import Linear4bit
 from halfbyte.nn.convert import replace_module, workspace_of
@@ -40,6 +41,7 @@ class ModelFiller:
         dtype: torch.dtype,
         slabs: SlabFiller | None = None,
         keeps_views: bool = False,
+        splits: WeightSplits | None = None,
     ) -> None:
         """Prepare to fill a model.
 
@@ -52,6 +54,7 @@ class ModelFiller:
                 bits stay in 16 bits also where products run in fp32.
             slabs: Takes the 4-bit weights of blocks that are to live in host memory.
             keeps_views: Whether tensors that are there in the form that is wanted stay views of the mapped files.
+            splits: Takes out of weights what adapters begin from.
         """
         self.model = model
         self.device = device
@@ -59,6 +62,8 @@ class ModelFiller:
         self._spec = spec
         self._targets = targets
         self._slabs = slabs
+        self._splits = splits
+        self._split_paths = splits.prepare(model) if splits is not None else ()
         self.keeps_views = keeps_views
         self._quantized: dict[str, QuantizedTensor] = {}
         self._missing = set(model.state_dict())
@@ -70,10 +75,12 @@ class ModelFiller:
         """Quantise or keep one parameter, which may be a view of a mapped file."""
         path, _, leaf = name.rpartition(".")
         self._missing.discard(name)
-        if leaf == "weight" and path in self._targets:
-            assert self._spec is not None
-            self._keep_quantized(path, quantize_4bit(tensor, self._spec))
-            return
+        if leaf == "weight":
+            held = self._held(path, tensor)
+            if isinstance(held, QuantizedTensor):
+                self._keep_quantized(path, held)
+                return
+            tensor = held
         module = self.model.get_submodule(path)
         kept = self._kept(name, path, module, tensor, storage_dtype)
         if leaf in module._buffers:
@@ -97,6 +104,13 @@ class ModelFiller:
             replace_module(self.model, path, Linear4bit.from_quantized(q, linear.bias, workspace_of(self.model)))
         if self._slabs is not None:
             self._slabs.finish_(self.model)
+
+    def _held(self, path: str, weight: torch.Tensor) -> torch.Tensor | QuantizedTensor:
+        """Return what the model holds of a weight: in 4 bits if that is meant, without what an adapter begins from."""
+        spec = self._spec if path in self._targets else None
+        if self._splits is not None and path in self._split_paths:
+            return self._splits.split(path, weight, spec)
+        return weight if spec is None else quantize_4bit(weight, spec)
 
     def _keep_quantized(self, path: str, q: QuantizedTensor) -> None:
         self._quantized[path] = q

@@ -235,8 +235,8 @@ def iter_decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def why_not_fused(layer: nn.Module) -> str | None:
-    """Return what keeps a layer from being fused, or None."""
+def why_not_fused(layer: nn.Module, *, takes_magnitudes: bool = False) -> str | None:
+    """Return what keeps a layer from being fused, or None; `takes_magnitudes` for who can multiply by DoRA's."""
     name = type(layer).__mro__[2].__name__ if isinstance(layer, FusedLayer) else type(layer).__name__
     if name not in LAYER_CLASSES:
         return f"{name} is not among the known layers"
@@ -254,14 +254,17 @@ def why_not_fused(layer: nn.Module) -> str | None:
         return "attention weights are dropped in training, which computing a block again would not repeat"
     if not all(hasattr(mlp, child) for child in MLP_PROJECTIONS):
         return f"the MLP of {name} is a {type(mlp).__name__}"
-    return _why_projections_do_not_fit(_projections_of(layer))
+    return _why_projections_do_not_fit(_projections_of(layer), takes_magnitudes=takes_magnitudes)
 
 
-def _why_projections_do_not_fit(projections: tuple[nn.Module, ...]) -> str | None:
+def _why_projections_do_not_fit(projections: tuple[nn.Module, ...], *, takes_magnitudes: bool) -> str | None:
     for projection in projections:
         if not isinstance(projection, (LoraLinear, Linear4bit, nn.Linear)):
             return f"a projection is a {type(projection).__name__}"
-        if any(p.requires_grad for n, p in projection.named_parameters() if n not in ("lora_A", "lora_B")):
+        adapter = projection.adapter() if isinstance(projection, LoraLinear) else {}
+        if "lora_magnitude_vector" in adapter and not takes_magnitudes:
+            return "its adapters have magnitudes (DoRA)"
+        if any(p.requires_grad for n, p in projection.named_parameters() if n not in adapter):
             return "a projection is trained whole"
     for start, end in ((0, 3), (4, 6)):
         if len({p.dropout for p in projections[start:end] if isinstance(p, LoraLinear)}) > 1:

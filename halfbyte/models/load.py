@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -34,8 +34,10 @@ from halfbyte.models.placement import Placement, make_placements
 from halfbyte.models.report import LoadReport, make_load_report
 from halfbyte.models.source import ModelSource, resolve_source
 from halfbyte.models.streaming import ON_DEVICE, Residency, SlabFiller
+from halfbyte.models.weight_splits import WeightSplits
 from halfbyte.models.weights import iter_weights
 from halfbyte.nn.convert import workspace_of
+from halfbyte.nn.split import Split
 from halfbyte.quant import QuantSpec
 
 # A stacked tensor above this share of the model is not left in 16 bits without being asked.
@@ -52,6 +54,8 @@ class LoadedModel:
     report: LoadReport
     tokenizer_folder: Path | None = None
     """Where the tokenizer is, if not beside the model."""
+    splits: Mapping[str, Split] = dataclasses.field(default_factory=dict)
+    """What weights were split into, by the path of their layer; for `attach_adapters`."""
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -70,6 +74,7 @@ def load_model(
     attn_implementation: str | None = None,
     revision: str | None = None,
     residency: Residency = ON_DEVICE,
+    splits: WeightSplits | None = None,
 ) -> LoadedModel:
     """Load a causal language model.
 
@@ -83,6 +88,7 @@ def load_model(
         attn_implementation: transformers' name of an attention implementation, or "halfbyte" for ours.
         revision: Branch, tag or commit of a hub id.
         residency: What lives in host memory while it computes on a device.
+        splits: Takes out of weights what adapters begin from, before they are quantised.
 
     Raises:
         ConfigError: Nothing is at `source`, or an option cannot be honoured.
@@ -98,10 +104,7 @@ def load_model(
     placements = make_placements(model, [tensor for _, tensor in iter_weights(source)])
     notes = [computing.note] if computing.note else []
     targets = _choose_targets(model, placements, config, quant, notes, allow_16bit_experts=allow_16bit_experts)
-    # What is in 4 bits already is used where it lies: its bytes are the system's file cache, shared and droppable.
-    keeps_views = target_device.type == "cpu" and source.kind == "bnb4bit"
-    if keeps_views:
-        notes.append("weights are mapped from the checkpoint, not copied: leave its files as they are meanwhile")
+    _check_splits(splits, placements, source, notes)
     filler = ModelFiller(
         model,
         spec=quant,
@@ -109,7 +112,8 @@ def load_model(
         device=target_device,
         dtype=computing.dtype,
         slabs=_make_slabs(model, residency, target_device, targets=targets),
-        keeps_views=keeps_views,
+        keeps_views=_keeps_views(source, target_device, notes),
+        splits=splits,
     )
     fill_(filler, placements, on_progress=on_progress)
     _finish_(model, filler, source, target_device)
@@ -118,7 +122,33 @@ def load_model(
     report = make_load_report(
         model, seconds=seconds, device=target_device, compute_dtype=computing.dtype, notes=tuple(notes)
     )
-    return LoadedModel(model=model, source=source, report=report)
+    return LoadedModel(model=model, source=source, report=report, splits={} if splits is None else splits.splits)
+
+
+def _check_splits(
+    splits: WeightSplits | None, placements: list[Placement], source: ModelSource, notes: list[str]
+) -> None:
+    """Make sure that weights can be split, and say in the notes that they are."""
+    if splits is None:
+        return
+    name = next((placement.target for placement in placements if placement.is_quantized), None)
+    if name is not None:
+        raise ConfigError(
+            f"{source.name} holds {name} in 4 bits already, and what adapters begin from (lora.init) must be taken out "
+            "of a weight before it is quantised; give the model in 16 bits that this one was made of"
+        )
+    notes.append(splits.note)
+
+
+def _keeps_views(source: ModelSource, device: torch.device, notes: list[str]) -> bool:
+    """Say whether tensors stay views of the files, adding that to the notes.
+
+    What is in 4 bits already is used where it lies: its bytes are the system's file cache, shared and droppable.
+    """
+    keeps_views = device.type == "cpu" and source.kind == "bnb4bit"
+    if keeps_views:
+        notes.append("weights are mapped from the checkpoint, not copied: leave its files as they are meanwhile")
+    return keeps_views
 
 
 def _choose_targets(

@@ -14,6 +14,7 @@ from halfbyte.errors import ConfigError
 from halfbyte.models.adapter_config import read_adapter_config
 from halfbyte.models.adapter_files import load_adapter
 from halfbyte.models.load import LoadedModel, load_model
+from halfbyte.models.weight_splits import stored_splits
 from halfbyte.quant import QuantSpec
 
 
@@ -48,16 +49,18 @@ def load_run(
     if not base:
         raise ConfigError(f"{path}: adapter_config.json names no base model; name it with base_model")
     options = make_section("model", values | {"model.path": str(base)})
+    quant = load_run_quant(path)
     loaded = load_model(
         base,
-        quant=load_run_quant(path),
+        quant=quant,
         compute_dtype=compute_dtype or _run_dtype(values, options.dtype),
         device=device or options.device,
         allow_16bit_experts=options.allow_16bit_experts,
         attn_implementation=attn_implementation or options.attention,
         revision=options.revision or adapter_config.get("revision"),
+        splits=stored_splits(path, quant),
     )
-    load_adapter(loaded.model, path, trainable=trainable)
+    load_adapter(loaded.model, path, trainable=trainable, splits=loaded.splits)
     folder = path if path.is_dir() else path.parent
     has_tokenizer = (folder / "tokenizer_config.json").exists()
     return dataclasses.replace(loaded, tokenizer_folder=folder if has_tokenizer else None)

@@ -129,7 +129,7 @@ def weight_state(model: PreTrainedModel) -> tuple[Any, ...]:
     adapted = [m for m in model.modules() if isinstance(m, LoraLinear)]
     return (
         embedding.weight.data_ptr(),
-        *((m.adapter_enabled, m.scaling, _identity(m.lora_A), _identity(m.lora_B)) for m in adapted),
+        *((m.adapter_enabled, m.scaling, *map(_identity, m.adapter().values())) for m in adapted),
     )
 
 

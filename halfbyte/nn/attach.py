@@ -6,16 +6,18 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
+from halfbyte.config.adapter_init import begins_from_weights
 from halfbyte.errors import ConfigError
 from halfbyte.nn.convert import replace_module, workspace_of
 from halfbyte.nn.linear import Linear4bit
 from halfbyte.nn.lora import LoraLinear
 from halfbyte.nn.saved_module import SavedModule
 from halfbyte.nn.spec import LoraSpec
+from halfbyte.nn.split import Split
 from halfbyte.nn.targets import find_saved, find_targets
 
 
@@ -27,6 +29,8 @@ class AdapterReport:
     """Rank of each adapter by the path of its layer."""
     saved_modules: tuple[str, ...]
     """Paths of the modules trained whole."""
+    dora: bool
+    """Whether they train the lengths of rows too."""
     trainable_parameters: int
     total_parameters: int
     """All elements of all weights, a 4-bit weight counted by its elements and not by its bytes."""
@@ -43,7 +47,8 @@ class AdapterReport:
         ]
         rank_text = f" of rank {ranks.pop()}" if len(ranks) == 1 else ""
         saved = f"; trained whole: {', '.join(self.saved_modules)}" if self.saved_modules else ""
-        text = f"{self.num_modules} adapters{rank_text}: {', '.join(parts)}{saved}"
+        kind = "DoRA adapters" if self.dora else "adapters"
+        text = f"{self.num_modules} {kind}{rank_text}: {', '.join(parts)}{saved}"
         if self.trainable_parameters:
             share = 100 * self.trainable_parameters / self.total_parameters
             text += (
@@ -52,8 +57,13 @@ class AdapterReport:
         return text
 
 
-def attach_adapters(model: nn.Module, spec: LoraSpec) -> AdapterReport:
+def attach_adapters(model: nn.Module, spec: LoraSpec, splits: Mapping[str, Split] | None = None) -> AdapterReport:
     """Freeze a model and put adapters that change nothing yet beside the layers that `spec` means.
+
+    Args:
+        model: Changed in place.
+        spec: Which layers, and how.
+        splits: What its weights were split into while they were loaded, where `spec.init` asks for that.
 
     Raises:
         ConfigError: `spec` matches nothing, or something that cannot be adapted; the model is left as it was.
@@ -61,16 +71,32 @@ def attach_adapters(model: nn.Module, spec: LoraSpec) -> AdapterReport:
     if any(isinstance(module, (LoraLinear, SavedModule)) for module in model.modules()):
         raise ConfigError("the model has adapters already; load the base model anew to attach others")
     targets, saved = find_targets(model, spec), find_saved(model, spec)
+    unsplit = [target.path for target in targets if target.path not in (splits or {})]
+    if begins_from_weights(spec.init) and unsplit:
+        raise ConfigError(
+            f"lora.init={spec.init} begins from weights before they are quantised, and that of {unsplit[0]} was not "
+            "split when the model was loaded: the layer shares it with another, or load_model was not given NewSplits; "
+            "leave the layer out of lora.targets, or use `halfbyte train`"
+        )
     workspace = workspace_of(model)
     model.requires_grad_(False)
     for target in targets:
         base = model.get_submodule(target.path)
         assert isinstance(base, (Linear4bit, nn.Linear))
         layer = LoraLinear.from_base(
-            base, rank=target.rank, alpha=target.alpha, rslora=spec.rslora, dropout=spec.dropout, workspace=workspace
+            base,
+            rank=target.rank,
+            alpha=target.alpha,
+            rslora=spec.rslora,
+            dora=spec.dora,
+            dropout=spec.dropout,
+            workspace=workspace,
         )
+        split = (splits or {}).get(target.path)
         if spec.seed is not None:
-            layer.reset_adapter(_seed_of(spec.seed, target.path))
+            layer.reset_adapter(seed_of(spec.seed, target.path))
+        if split is not None:
+            layer.start_from(split.first, taken=split.taken)
         replace_module(model, target.path, layer)
     for path in saved:
         replace_module(model, path, SavedModule.from_module(model.get_submodule(path)))
@@ -83,6 +109,7 @@ def report_adapters(model: nn.Module) -> AdapterReport:
     return AdapterReport(
         modules={path: layer.rank for path, layer in iter_lora(model)},
         saved_modules=tuple(path for path, _ in iter_saved(model)),
+        dora=any(layer.lora_magnitude_vector is not None for _, layer in iter_lora(model)),
         trainable_parameters=trainable,
         total_parameters=total,
     )
@@ -112,7 +139,10 @@ def iter_trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 @contextlib.contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Make the model behave as its base inside the `with` block."""
+    """Make the model behave as its base inside the `with` block.
+
+    A base that lacks what its adapters have begun from gets that back.
+    """
     wrappers = [m for m in model.modules() if isinstance(m, (LoraLinear, SavedModule))]
     before = [wrapper.adapter_enabled for wrapper in wrappers]
     for wrapper in wrappers:
@@ -124,5 +154,6 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
             wrapper.adapter_enabled = enabled
 
 
-def _seed_of(seed: int, path: str) -> int:
+def seed_of(seed: int, path: str) -> int:
+    """Return the seed of one layer."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{path}".encode()).digest()[:7], "little")

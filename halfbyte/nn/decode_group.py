@@ -50,20 +50,19 @@ class DecodeGroup:
             dtype: Of the tokens; adapters are cast to it.
         """
         bases = [p.base if isinstance(p, LoraLinear) else p for p in projections]
-        adapted = [p if isinstance(p, LoraLinear) and p.adapter_enabled else None for p in projections]
-        present = [p for p in adapted if p is not None]
+        adapters_of = [p.acting if isinstance(p, LoraLinear) else None for p in projections]
+        present = [acting for acting in adapters_of if acting is not None]
         first, width = bases[0], projections[0].in_features
         device = first.quantized.device if isinstance(first, Linear4bit) else first.weight.device
-        self.A_RD = torch.cat(
-            [torch.empty(0, width, dtype=dtype, device=device), *(p.lora_A.detach() for p in present)]
-        )
+        self.A_RD = torch.cat([torch.empty(0, width, dtype=dtype, device=device), *(A.detach() for A, _ in present)])
         self.A_RD = self.A_RD.to(dtype)
-        scales = [scale for p in present for scale in [p.scaling] * p.rank]
+        adapted = [p for p in projections if isinstance(p, LoraLinear) and p.acting is not None]
+        scales = [scale for p in adapted for scale in [p.scaling] * p.rank]
         self.scale_R = torch.tensor(scales, dtype=torch.float32, device=device)
         adapters: OuterAdapters | None = None
         widths = [p.out_features for p in projections]
         if present:
-            Bs = [None if p is None else p.lora_B.detach() for p in adapted]
+            Bs = [None if acting is None else acting[1].detach() for acting in adapters_of]
             adapters = OuterAdapters.stack(Bs, widths, dtype=dtype, device=device)
         self.parts = [
             _Part(

@@ -109,7 +109,7 @@ class BlockParts:
         )
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[torch.Tensor]:
         """Of all adapters, in the order of their gradients."""
         return [parameter for group in self.groups for parameter in group.parameters]
 

@@ -36,6 +36,8 @@ class ExpandedWeight:
     bias_E: torch.Tensor | None = None
     scaled_B_RF: torch.Tensor | None = None
     """lora_B transposed, times the scaling."""
+    gain_F: torch.Tensor | None = None
+    """What DoRA multiplies the sum with; the bias is then added after it."""
 
     @classmethod
     def of_base(cls, weight_FD: torch.Tensor, bias: torch.Tensor | None) -> ExpandedWeight:
@@ -44,17 +46,25 @@ class ExpandedWeight:
 
     @classmethod
     def of_adapter(
-        cls, base: ExpandedWeight, lora_A: torch.Tensor, lora_B: torch.Tensor, *, scaling: float
+        cls,
+        base: ExpandedWeight,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        *,
+        scaling: float,
+        gain_F: torch.Tensor | None = None,
     ) -> ExpandedWeight:
         """Put an adapter beside a layer; its weight is copied."""
         dtype, num_out = base.weight_FD.dtype, base.weight_FD.shape[0]
         both_ED = torch.cat([base.weight_FD, lora_A.to(dtype)])
+        bias_F = base.bias_F if gain_F is None else None
         return cls(
             weight_FD=both_ED[:num_out],
             bias_F=base.bias_F,
             both_ED=both_ED,
-            bias_E=None if base.bias_F is None else functional.pad(base.bias_F, (0, lora_A.shape[0])),
+            bias_E=None if bias_F is None else functional.pad(bias_F, (0, lora_A.shape[0])),
             scaled_B_RF=(lora_B.T * scaling).to(dtype).contiguous(),
+            gain_F=None if gain_F is None else gain_F.to(dtype),
         )
 
     def is_usable(self, x: torch.Tensor) -> bool:
@@ -75,6 +85,9 @@ class ExpandedWeight:
             both_TE = functional.linear(x_TD, self.both_ED, self.bias_E)
             y_TF, u_TR = both_TE.split_with_sizes((num_out, both_TE.shape[1] - num_out), 1)
             y_TF = torch.addmm(y_TF, u_TR, self.scaled_B_RF)
+            if self.gain_F is not None:
+                y_TF *= self.gain_F
+                y_TF = y_TF if self.bias_F is None else y_TF.add_(self.bias_F)
         else:
             y_TF = functional.linear(x_TD, weight_FD, self.bias_F)
         if dtype != weight_FD.dtype:

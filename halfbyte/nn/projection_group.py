@@ -30,7 +30,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from halfbyte.kernels.adapter_stack import StackMember
+from halfbyte.nn.adapter_stacks import AdapterStacks, Member
 from halfbyte.nn.fp8_weights import Fp8Weights
 from halfbyte.nn.linear import Linear4bit
 from halfbyte.nn.lora import LoraLinear
@@ -54,75 +54,6 @@ class WeightOwner:
     """Whose weight the buffer of one kind holds."""
 
     group: ProjectionGroup | None = None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Member:
-    """One projection with an adapter, and its place in the group."""
-
-    layer: LoraLinear
-    rows: slice
-    ranks: slice
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Stacks:
-    """The adapters that take part, in the compute dtype."""
-
-    members: tuple[_Member, ...]
-    scaling: float
-    """What B lacks: the scaling of all adapters, if they have the same, else 1."""
-    A_RD: torch.Tensor
-    B_FR: torch.Tensor | None
-    """None where B rides, and lies beside the weight."""
-
-    @classmethod
-    def empty(cls, group: ProjectionGroup, members: tuple[_Member, ...], dtype: torch.dtype) -> _Stacks:
-        scalings = {member.layer.scaling for member in members}
-        rank, device = group.padded_rank, group.device
-        return cls(
-            members=members,
-            scaling=scalings.pop() if len(scalings) == 1 else 1.0,
-            A_RD=torch.zeros(rank, group.in_features, dtype=dtype, device=device),
-            B_FR=None if group.rides_in_place else torch.zeros(group.out_features, rank, dtype=dtype, device=device),
-        )
-
-    def fits(self, dtype: torch.dtype, device: torch.device) -> bool:
-        """Say whether a product in that dtype can take them."""
-        return self.A_RD.dtype == dtype and self.A_RD.device == device
-
-    def fill_A(self) -> None:
-        """Cast every A anew."""
-        for member in self.members:
-            self.A_RD[member.ranks] = member.layer.lora_A.detach()
-
-    def fill(self) -> None:
-        """Cast the adapters anew, where B does not ride."""
-        if not self.members or self.B_FR is None:
-            return
-        targets = [self.A_RD[m.ranks] for m in self.members] + [self.B_FR[m.rows, m.ranks] for m in self.members]
-        sources = [m.layer.lora_A.detach() for m in self.members] + [m.layer.lora_B.detach() for m in self.members]
-        torch._foreach_copy_(targets, sources)
-        for member in self.members:
-            if (factor := self.factor_of(member)) != 1:
-                self.B_FR[member.rows, member.ranks] *= factor
-
-    def factor_of(self, member: _Member) -> float:
-        """Return the factor with which a member's B is multiplied."""
-        return member.layer.scaling / self.scaling
-
-    def as_places(self) -> list[StackMember]:
-        """Return the members as the op that stacks them wants them."""
-        return [
-            StackMember(
-                member.layer.lora_A.detach(),
-                member.layer.lora_B.detach(),
-                first_row=member.rows.start,
-                first_rank=member.ranks.start,
-                scaling=self.factor_of(member),
-            )
-            for member in self.members
-        ]
 
 
 class ProjectionGroup:
@@ -155,20 +86,26 @@ class ProjectionGroup:
         self.fp8_weights = Fp8Weights([_base_of(layer) for layer in layers], workspace) if products == "fp8" else None
         self._owner = owners.setdefault(kind, WeightOwner())
         self._all_members = self._place_members()
-        self._stacks: _Stacks | None = None
+        self._stacks: AdapterStacks | None = None
         dropouts = {member.layer.dropout for member in self._all_members}
         assert len(dropouts) <= 1, f"adapters of {kind} drop differently: {dropouts}"
-        self.dropout = dropouts.pop() if dropouts else 0.0
+        self._dropout = dropouts.pop() if dropouts else 0.0
 
     @property
-    def members(self) -> tuple[_Member, ...]:
+    def members(self) -> tuple[Member, ...]:
         """The projections whose adapters take part."""
-        return tuple(member for member in self._all_members if member.layer.adapter_enabled)
+        acting = (member for member in self._all_members if member.layer.acting is not None)
+        return tuple(dataclasses.replace(m, by_base=True) if not m.layer.adapter_enabled else m for m in acting)
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
-        """lora_A and lora_B of each member."""
-        return [parameter for member in self.members for parameter in (member.layer.lora_A, member.layer.lora_B)]
+    def dropout(self) -> float:
+        """Probability of dropping an element of the adapters' input in training."""
+        return 0.0 if any(member.by_base for member in self.members) else self._dropout
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """A and B of each member."""
+        return [factor for member in self.members for factor in member.factors]
 
     @property
     def rank(self) -> int:
@@ -317,11 +254,11 @@ class ProjectionGroup:
         if self._owner.group is self:
             self._owner.group = None
 
-    def _place_members(self) -> tuple[_Member, ...]:
+    def _place_members(self) -> tuple[Member, ...]:
         members, row, rank = [], 0, 0
         for layer in self.layers:
             if isinstance(layer, LoraLinear):
-                members.append(_Member(layer, slice(row, row + layer.out_features), slice(rank, rank + layer.rank)))
+                members.append(Member(layer, slice(row, row + layer.out_features), slice(rank, rank + layer.rank)))
                 rank += layer.rank
             row += layer.out_features
         return tuple(members)
@@ -340,17 +277,17 @@ class ProjectionGroup:
     def _spare_columns(self) -> int:
         return self.padded_rank if self.rides_in_place else 0
 
-    def _stack(self, dtype: torch.dtype) -> _Stacks:
+    def _stack(self, dtype: torch.dtype) -> AdapterStacks:
         """Return the stacked adapters as the last forward has left them."""
         members, stacks = self.members, self._stacks
         if stacks is None or stacks.members != members or not stacks.fits(dtype, self.device):
-            self._stacks = stacks = _Stacks.empty(self, members, dtype)
+            self._stacks = stacks = AdapterStacks.empty(self, members, dtype)
             self.workspace.generation += 1
             stacks.fill_A()
             stacks.fill()
         return stacks
 
-    def _expand(self, stacks: _Stacks, *, cast_A: bool = False) -> torch.Tensor:
+    def _expand(self, stacks: AdapterStacks, *, cast_A: bool = False) -> torch.Tensor:
         """Return W, and B beside it where it rides; `cast_A` then casts every A on the way."""
         width, dtype = self.in_features, stacks.A_RD.dtype
         shape = (self.out_features, width + self._spare_columns())

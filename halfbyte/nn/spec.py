@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
+from halfbyte.config.adapter_init import ZERO, check_init
 from halfbyte.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
@@ -22,6 +24,13 @@ class LoraSpec:
     """Probability of dropping an element of the adapter's input in training."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead."""
+    dora: bool = False
+    """Train the lengths of the weights' rows too (DoRA)."""
+    init: str = ZERO
+    """What adapters begin as: "zero", which changes nothing, or from the weights of the base: "pissa",
+    "pissa_niter_N", "loftq". See `halfbyte.nn.split`."""
+    loftq_iterations: int = 1
+    """Rounds of LoftQ."""
     targets: str | tuple[str, ...] = ALL_LINEAR
     """"all-linear" (all but the output head), names (the last part or more of a layer's path), or a regular
     expression for the whole path."""
@@ -40,6 +49,20 @@ class LoraSpec:
     seed: int | None = None
     """Makes each adapter's first values depend on this and its path alone; None draws from torch's generator."""
 
+    def with_ranks_times(self, factor: float) -> LoraSpec:
+        """Return adapters of other ranks with the same scaling."""
+        return dataclasses.replace(
+            self,
+            rank=round(self.rank * factor),
+            alpha=self.alpha * self.alpha_factor(factor),
+            rank_pattern={key: round(rank * factor) for key, rank in self.rank_pattern.items()},
+            alpha_pattern={key: alpha * self.alpha_factor(factor) for key, alpha in self.alpha_pattern.items()},
+        )
+
+    def alpha_factor(self, factor: float) -> float:
+        """Return what alpha is multiplied with where ranks are multiplied with `factor`."""
+        return math.sqrt(factor) if self.rslora else factor
+
     def __post_init__(self) -> None:
         for name, rank in {
             "rank": self.rank,
@@ -47,6 +70,7 @@ class LoraSpec:
         }.items():
             if not isinstance(rank, int) or rank < 1:
                 raise ConfigError(f"lora.{name} is {rank!r}; it must be a whole number of at least 1")
+        check_init(self.init, self.loftq_iterations, dora=self.dora)
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora.dropout is {self.dropout}; it must be at least 0 and below 1")
         if not self.targets:

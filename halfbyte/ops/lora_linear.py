@@ -86,7 +86,7 @@ def lora_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             return lora_linear(x.to(dtype), weight, bias, lora_A, lora_B, options=options, workspace=workspace)
-    frozen = _Frozen(weight=weight, options=options, workspace=workspace)
+    frozen = Frozen(weight=weight, options=options, workspace=workspace)
     x_TD = x.reshape(-1, x.shape[-1])
     trained = (t for t in (x, lora_A, lora_B, bias) if t is not None and t.requires_grad)
     if torch.is_grad_enabled() and any(True for _ in trained):
@@ -122,7 +122,7 @@ def lora_linear_reference(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Frozen:
+class Frozen:
     """What a call has beside the tensors that may get a gradient."""
 
     weight: FrozenWeight
@@ -191,15 +191,19 @@ class _Frozen:
         small_TD = grad_u_TR @ (lora_A * self.factor).to(dtype)
         if dropped is not None:
             drop_(small_TD, dropped)
-        weight_FD = self.expand(dtype, grad_y_TF.device)
-        if rides(grad_y_TF):
-            return torch.mm(grad_y_TF, weight_FD, out_dtype=torch.float32).add_(small_TD).to(dtype)
-        return small_TD.addmm_(grad_y_TF, weight_FD)
+        return add_product(small_TD, grad_y_TF, self.expand(dtype, grad_y_TF.device))
 
 
 def rides(x: torch.Tensor) -> bool:
     """Say whether products of `x` round before they add to a matrix that is there."""
     return x.is_cuda and x.itemsize == 2
+
+
+def add_product(small: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return small + left @ right, rounded once; `small` may be written to."""
+    if rides(left):
+        return torch.mm(left, right, out_dtype=torch.float32).add_(small).to(left.dtype)
+    return small.addmm_(left, right)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -210,7 +214,7 @@ class _LoraLinear(torch.autograd.Function):
         lora_A: torch.Tensor,
         lora_B: torch.Tensor,
         bias: torch.Tensor | None,
-        frozen: _Frozen,
+        frozen: Frozen,
     ) -> torch.Tensor:
         dropped = frozen.draw(x_TD)
         y_TF, u_TR = frozen.products(x_TD, lora_A, lora_B, bias, dropped=dropped)

@@ -19,6 +19,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from halfbyte.errors import ConfigError
+from halfbyte.train.loggers import check_loggers
 
 NAMES = frozenset(field.name for field in dataclasses.fields(TrainingArguments))
 RENAMED = {
@@ -91,6 +92,8 @@ class HalfbyteArguments(TrainingArguments):
         self.bf16 = self.fp16 = False
         super().__post_init__()
         self.bf16, self.fp16 = wanted["bf16"], wanted["fp16"]
+        # A list by now.
+        check_loggers(self.report_to)  # type: ignore[arg-type]
         # accelerate would wrap the forward in autocast for anything but "no".
         self.mixed_precision = "no"
         self.logging_nan_inf_filter = False

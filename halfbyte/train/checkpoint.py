@@ -36,7 +36,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from halfbyte.errors import ConfigError, FormatError
-from halfbyte.models.adapter_files import PREFIX, WEIGHTS_FILE
+from halfbyte.models.adapter_files import WEIGHTS_FILE
+from halfbyte.models.adapter_tensors import PREFIX, adapter_key, halves
 from halfbyte.nn import iter_lora
 from halfbyte.nn.attach import iter_saved
 from halfbyte.train.manifest import find_damage
@@ -133,6 +134,7 @@ def restore_adapter_(model: PreTrainedModel, folder: Path) -> None:
         found = load_file(path)
     except (OSError, SafetensorError) as error:
         raise FormatError(f"{path} cannot be read: {error}") from error
+    found = _trained_halves(model, found, path)
     parameters = adapter_parameters(model)
     if {key: t.shape for key, t in found.items()} != {key: p.shape for key, p in parameters.items()}:
         raise FormatError(f"{path} holds the adapter of other layers than the model has; resume with the same options")
@@ -140,12 +142,28 @@ def restore_adapter_(model: PreTrainedModel, folder: Path) -> None:
         parameter.copy_(found[key])
 
 
+def _trained_halves(model: nn.Module, found: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of an adapter's file without what the adapters have begun from, which the base must lack."""
+    found = dict(found)
+    for layer_path, layer in iter_lora(model):
+        keys = adapter_key(layer_path, "lora_A"), adapter_key(layer_path, "lora_B")
+        if layer.taken_A is None or layer.taken_B is None or not found.keys() >= set(keys):
+            continue
+        (A_RD, taken_A), (B_FR, taken_B) = halves(*(found[key] for key in keys))
+        if not (torch.equal(taken_A, layer.taken_A.cpu()) and torch.equal(taken_B, layer.taken_B.cpu())):
+            raise FormatError(
+                f"{path} has begun from another part of {layer_path} than lora.init finds here: with other options, on "
+                "another machine or by another release of torch; continue from it with lora.adapter instead"
+            )
+        found |= {keys[0]: A_RD, keys[1]: B_FR}
+    return found
+
+
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return every parameter of a model's adapters under its key in the adapter's file."""
     parameters: dict[str, nn.Parameter] = {}
     for path, layer in iter_lora(model):
-        parameters[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A
-        parameters[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B
+        parameters |= {adapter_key(path, name): parameter for name, parameter in layer.adapter().items()}
     for path, module in iter_saved(model):
         parameters |= {f"{PREFIX}{path}.{name}": parameter for name, parameter in module.trained.named_parameters()}
     return parameters

@@ -94,6 +94,7 @@ def infer_spec(model: PreTrainedModel) -> LoraSpec:
         alpha=first.alpha,
         dropout=first.dropout,
         rslora=first.rslora,
+        dora=first.lora_magnitude_vector is not None,
         targets=tuple(layers),
         rank_pattern={re.escape(path): x.rank for path, x in layers.items() if x.rank != first.rank},
         alpha_pattern={re.escape(path): x.alpha for path, x in layers.items() if x.alpha != first.alpha},

@@ -1,44 +1,40 @@
-"""transformers' TensorBoard logger, in a form that a full disk does not end a run through."""
+"""The loggers that `report_to` names, looked for before a run begins and not when it wants to write its first line."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import difflib
+import importlib.util
+from collections.abc import Iterable
 
-from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback
+from halfbyte.errors import ConfigError
+
+# Packages whose names are not their loggers'.
+PACKAGES = {"azure_ml": "azureml-core", "flyte": "flytekit"}
+WORDS = ("all", "none")
 
 
-class PatientTensorBoard(TensorBoardCallback):
-    """Loses what it cannot write, says so, and begins a new file at the next log.
+def check_loggers(names: Iterable[str]) -> None:
+    """Make sure that transformers has each of these loggers, and that its library is installed.
 
-    Args:
-        folder: Where the logs go.
-        tell: Is told of what could not be written.
+    Raises:
+        ConfigError: One of them is unknown or not installed.
     """
+    # TensorBoard comes with us; asking transformers about the others imports them.
+    asked = [name for name in names if name not in WORDS and not _is_tensorboard(name)]
+    if not asked:
+        return
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-    def __init__(self, folder: str, tell: Callable[[str], None]) -> None:
-        super().__init__()
-        self.logging_dir = folder
-        self.tell = tell
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._try(super().on_train_begin, *args, **kwargs)
-
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        self._try(super().on_log, *args, **kwargs)
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self._try(super().on_train_end, *args, **kwargs)
-
-    def _try(self, call: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        try:
-            call(*args, **kwargs)
-        except OSError as error:
-            self.tb_writer = None
-            self.tell(f"TensorBoard's logs could not be written: {error.strerror or error}; training goes on")
+    installed = {*get_available_reporting_integrations(), "flyte"}
+    for name in asked:
+        if name not in INTEGRATION_TO_CALLBACK:
+            near = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            raise ConfigError(f"report_to: no logger {name!r}; {hint}")
+        if name not in installed:
+            raise ConfigError(f"report_to: {name} is not installed; pip install {PACKAGES.get(name, name)}")
 
 
-def make_patient(callback: TrainerCallback, folder: str, tell: Callable[[str], None]) -> TrainerCallback:
-    """Return the callback, TensorBoard's in its patient form."""
-    return PatientTensorBoard(folder, tell) if type(callback) is TensorBoardCallback else callback
+def _is_tensorboard(name: str) -> bool:
+    return name == "tensorboard" and importlib.util.find_spec("tensorboard") is not None

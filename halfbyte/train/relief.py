@@ -158,8 +158,10 @@ def relieve_(model: PreTrainedModel, device: torch.device, *, num_tokens: int) -
     cheapest = _next_policy(model, policies, device, num_tokens)
     if cheapest is not None:
         rank = GPU_LADDER.index(cheapest)
+        changed = sum(GPU_LADDER.index(one) < rank for one in policies)
         set_policy(model, [one if GPU_LADDER.index(one) > rank else cheapest for one in policies])
-        return f"activations of every block are {POLICY_TEXTS[cheapest]}"
+        blocks = "every block" if changed == len(policies) else f"{changed} more blocks"
+        return f"activations of {blocks} are {POLICY_TEXTS[cheapest]}"
     has_4bit = any(isinstance(module, Linear4bit) for module in model.modules())
     if device.type == "cuda" and has_4bit and not is_streamed(model):
         stream_blocks_(model, len(layers), device=device)

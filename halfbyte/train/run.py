@@ -23,6 +23,7 @@ from halfbyte.device import keep_freed_memory, resolve_device
 from halfbyte.nn import LoraSpec, adapters_disabled
 from halfbyte.train.callbacks import ProgressLine
 from halfbyte.train.evaluate import HeldOut
+from halfbyte.train.loggers import check_loggers
 from halfbyte.train.planning import PlannedRun, plan_run
 from halfbyte.train.report import make_record, save_report
 from halfbyte.train.samples import Sample, answer_questions, choose_questions
@@ -56,6 +57,7 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
     started = time.perf_counter()
     console = console or Console(stderr=True, highlight=False)
     config = resolve_output_dir(config)
+    check_loggers(config.train.report_to)
     device = resolve_device(config.model.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -65,7 +67,7 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
     loaded = load_base(config, console, residency=planned.residency)
     _say(console, loaded.report)
     data = load_data(config, loaded.tokenizer, console)
-    spec, report = attach(loaded.model, config)
+    spec, report = attach(loaded, config)
     _say(console, report)
     folder = make_folder(config)
     with hold(folder):

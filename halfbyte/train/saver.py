@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from halfbyte.errors import OutputError
@@ -41,10 +41,9 @@ class CheckpointSaver:
         """How long training stood still for a write before that had not ended."""
         self.failed_step: int | None = None
         """Of the last checkpoint, where it could not be written."""
-        self._thread: threading.Thread | None = None
+        self._write_in_flight: Future[None] | None = None
         self._step = 0
         self._is_written = False
-        self._error: BaseException | None = None
 
     def save(self, snapshot: Snapshot, *, keep: int | None, choose_spared: Callable[[set[int]], set[int]]) -> None:
         """Begin to write a checkpoint, after the one before has been written.
@@ -57,9 +56,10 @@ class CheckpointSaver:
         self.wait()
         job = functools.partial(self._write, snapshot, keep, choose_spared)
         self._step = snapshot.step
-        # No daemon: an interpreter that is about to end waits for the checkpoint.
-        self._thread = threading.Thread(target=job, name=f"checkpoint-{snapshot.step}")
-        self._thread.start()
+        # An interpreter that is about to end waits for the thread, and the thread ends with the checkpoint.
+        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"checkpoint-{snapshot.step}")
+        self._write_in_flight = executor.submit(job)
+        executor.shutdown(wait=False)
 
     def poll(self) -> None:
         """Tell what came of a write that has ended.
@@ -67,7 +67,7 @@ class CheckpointSaver:
         Raises:
             Exception: It failed by a defect.
         """
-        if self._thread is not None and not self._thread.is_alive():
+        if self._write_in_flight is not None and self._write_in_flight.done():
             self.wait()
 
     def wait(self) -> None:
@@ -76,32 +76,31 @@ class CheckpointSaver:
         Raises:
             Exception: It failed by a defect.
         """
-        if self._thread is None:
+        if self._write_in_flight is None:
             return
+        write, self._write_in_flight = self._write_in_flight, None
         started = time.perf_counter()
-        self._thread.join()
-        self.waited_seconds += time.perf_counter() - started
-        self._thread, error, self._error = None, self._error, None
-        name = f"checkpoint-{self._step}"
-        self.failed_step = None if self._is_written else self._step
+        name, failure = f"checkpoint-{self._step}", None
+        try:
+            write.result()
+        except OSError as error:
+            failure = error
+        finally:
+            self.waited_seconds += time.perf_counter() - started
+            self.failed_step = None if self._is_written else self._step
         if self._is_written:
             self.say(f"saved {name}")
-        if isinstance(error, OSError):
+        if failure is not None:
             what = "older ones could not be deleted" if self._is_written else "it could not be written"
-            self.warn(f"{name}: {what}: {describe_failure(error)}. {self._what_is_left()}")
-        elif error is not None:
-            raise error
+            self.warn(f"{name}: {what}: {describe_failure(failure)}. {self._what_is_left()}")
 
     def _write(self, snapshot: Snapshot, keep: int | None, choose_spared: Callable[[set[int]], set[int]]) -> None:
         self._is_written = False
-        try:
-            with write_folder(self.folder / f"checkpoint-{snapshot.step}") as temporary:
-                snapshot.write(temporary, self.tokenizer)
-            self._is_written = True
-            steps = {step_of(path) for path in list_checkpoints(self.folder)}
-            remove_old_checkpoints(self.folder, keep=keep, spared=choose_spared(steps))
-        except BaseException as error:
-            self._error = error
+        with write_folder(self.folder / f"checkpoint-{snapshot.step}") as temporary:
+            snapshot.write(temporary, self.tokenizer)
+        self._is_written = True
+        steps = {step_of(path) for path in list_checkpoints(self.folder)}
+        remove_old_checkpoints(self.folder, keep=keep, spared=choose_spared(steps))
 
     def _what_is_left(self) -> str:
         last = [path.name for path in list_checkpoints(self.folder)]

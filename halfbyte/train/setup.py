@@ -13,6 +13,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.config import DataSection, LoraSection, RunConfig
+from halfbyte.config.adapter_init import begins_from_weights
 from halfbyte.config.load import save_run_config
 from halfbyte.config.output import REPORT_FILE, RUN_FILES, SUMMARY_FILE
 from halfbyte.data import (
@@ -32,6 +33,7 @@ from halfbyte.models.adapter_config import read_adapter_config, spec_from_adapte
 from halfbyte.models.adapter_files import find_adapter_weights, load_adapter
 from halfbyte.models.attention import PACKED_ATTENTION
 from halfbyte.models.streaming import ON_DEVICE, Residency
+from halfbyte.models.weight_splits import NewSplits
 from halfbyte.nn import AdapterReport, LoraSpec, attach_adapters
 from halfbyte.quant import QuantSpec
 from halfbyte.train.arguments import HalfbyteArguments
@@ -133,6 +135,7 @@ def load_base(config: RunConfig, console: Console, *, residency: Residency = ON_
             attn_implementation=config.model.attention or PACKED_ATTENTION,
             revision=config.model.revision,
             residency=residency,
+            splits=_make_splits(config),
             on_progress=lambda done, total: status.update(f"loading {path}: {done / max(total, 1):.0%}"),
         )
     _check_context(loaded.model, config)
@@ -185,11 +188,12 @@ def mark_trained(tokenizer: PreTrainedTokenizerBase, example: TokenizedExample, 
     return text.append(" ..." if len(example) > SHOWN_TOKENS else "")
 
 
-def attach(model: PreTrainedModel, config: RunConfig) -> tuple[LoraSpec, AdapterReport]:
+def attach(loaded: LoadedModel, config: RunConfig) -> tuple[LoraSpec, AdapterReport]:
     """Give the model new adapters, or those of an earlier run to go on with."""
+    model = loaded.model
     if config.lora.adapter is None:
         spec = make_lora_spec(config.lora, seed=config.train.seed)
-        return spec, attach_adapters(model, spec)
+        return spec, attach_adapters(model, spec, loaded.splits)
     weights = find_adapter_weights(Path(config.lora.adapter))
     spec = spec_from_adapter_config(read_adapter_config(weights))
     return spec, load_adapter(model, weights, trainable=True)
@@ -240,6 +244,12 @@ def _remove_old_run(folder: Path, config: RunConfig) -> None:
             shutil.rmtree(path, ignore_errors=True)
         for name in (*RUN_FILES, REPORT_FILE):
             (folder / name).unlink(missing_ok=True)
+
+
+def _make_splits(config: RunConfig) -> NewSplits | None:
+    if not begins_from_weights(config.lora.init):
+        return None
+    return NewSplits(make_lora_spec(config.lora, seed=config.train.seed))
 
 
 def _prepare(examples: list[Example], renderer: Renderer, options: DataSection) -> PreparedData:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from halfbyte.models.adapter_files import adapter_state_dict, describe_adapter, write_adapter
+from halfbyte.models.adapter_files import AdapterContent, pack_adapter
 from halfbyte.train.checkpoint import (
     GUARD_FILE,
     OPTIMIZER_FILE,
@@ -37,9 +37,7 @@ class Snapshot:
     """What a checkpoint is written from. Nothing in it is shared with the run."""
 
     step: int
-    adapter: Mapping[str, torch.Tensor]
-    """Under PEFT's keys, fp32."""
-    adapter_config: str
+    adapter: AdapterContent
     states: Mapping[str, Any]
     """Numbers and tensors by name of their .pt file."""
     texts: Mapping[str, str]
@@ -48,7 +46,7 @@ class Snapshot:
     def write(self, folder: Path, tokenizer: TokenizerFiles) -> None:
         """Write all files of the checkpoint, its manifest last."""
         tokenizer.write(folder)
-        write_adapter(folder, self.adapter, self.adapter_config)
+        self.adapter.write(folder)
         for name, state in self.states.items():
             (folder / name).write_bytes(_serialise(state))
         for name, text in self.texts.items():
@@ -111,10 +109,10 @@ def take_snapshot(trainer: Any, *, run_state: Mapping[str, Any], config_text: st
     }
     if config_text is not None:
         texts["run.yaml"] = config_text
+    adapter = pack_adapter(trainer.model, base_model=trainer.base_model, spec=trainer.lora)
     return Snapshot(
         step=state.global_step,
-        adapter=copy_to_host(adapter_state_dict(trainer.model)),
-        adapter_config=describe_adapter(trainer.model, base_model=trainer.base_model, spec=trainer.lora),
+        adapter=dataclasses.replace(adapter, tensors=copy_to_host(adapter.tensors)),
         states=copy_to_host(states),
         texts=texts,
     )

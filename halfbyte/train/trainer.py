@@ -55,7 +55,6 @@ from halfbyte.train.fp8 import check_fp8
 from halfbyte.train.groups import parameter_groups
 from halfbyte.train.guard import LossScaler, StepGuard
 from halfbyte.train.interruption import Interruption
-from halfbyte.train.loggers import make_patient
 from halfbyte.train.loss import LossPath
 from halfbyte.train.meter import Meter
 from halfbyte.train.micro_batch import MicroBatches
@@ -64,6 +63,7 @@ from halfbyte.train.relief import Relief
 from halfbyte.train.resumable import ResumableTrainer
 from halfbyte.train.saver import CheckpointSaver, saying_what_is_left
 from halfbyte.train.snapshot import TokenizerFiles
+from halfbyte.train.tensorboard import make_patient
 
 
 class HalfbyteTrainer(ResumableTrainer):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import halfbyte as package
-from halfbyte.cli.main import COMMANDS, main
+from halfbyte.cli.console import json_text
+from halfbyte.cli.main import COMMANDS, EXIT_CODES, load_command, main
 from tests.cli.conftest import Outcome
 
 Run = Callable[..., Outcome]
@@ -23,7 +24,7 @@ def test_main_lists_the_commands(halfbyte: Run, words: list[str]) -> None:
     done = halfbyte(*words)
     assert (done.code, done.err) == (0, "")
     for name, summary in COMMANDS.items():
-        assert f"  {name:<10} {summary}\n" in done.out
+        assert f"  {name:<13} {summary}\n" in done.out
 
 
 def test_main_tells_its_version(halfbyte: Run) -> None:
@@ -36,7 +37,7 @@ def test_main_helps_with_every_command(halfbyte: Run, name: str) -> None:
     done = halfbyte(name, "--help")
     assert (done.code, done.err) == (0, "")
     assert done.out.startswith(f"usage: halfbyte {name}")
-    assert importlib.import_module(f"halfbyte.cli.{name}").run is not None
+    assert load_command(name)[0].run is not None
 
 
 @pytest.mark.parametrize(
@@ -88,6 +89,26 @@ def test_main_stops_at_an_interrupt_with_one_line(halfbyte: Run, monkeypatch: py
     monkeypatch.setattr(sys, "stdin", Interrupted())
     done = halfbyte("generate", "any/model")
     assert (done.code, done.out, done.err) == (130, "", "halfbyte: interrupted\n")
+
+
+def test_main_says_its_exit_codes_and_keeps_to_them(halfbyte: Run) -> None:
+    assert list(EXIT_CODES) == [0, 1, 2, 130, 143]
+    for code, meaning in EXIT_CODES.items():
+        assert f"  {code:<13} {meaning}\n" in halfbyte("--help").out
+    # A fault of ours: a command whose module is missing.
+    broken = "import sys; from halfbyte.cli import main; main.COMMANDS['broken'] = ''; sys.exit(main.main(['broken']))"
+    done = subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True, cwd=REPOSITORY)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Traceback")
+    run = [sys.executable, "-m", "halfbyte"]
+    assert subprocess.run([*run, "schema"], capture_output=True, cwd=REPOSITORY).returncode == 0
+    assert subprocess.run([*run, "trian"], capture_output=True, cwd=REPOSITORY).returncode == 2
+
+
+def test_json_has_no_words_that_json_does_not_know() -> None:
+    text = json_text({"loss": float("nan"), "list": (1.5, float("inf"), "\u00e9"), "inner": {"deep": -float("inf")}})
+    assert text == '{"loss": null, "list": [1.5, null, "\u00e9"], "inner": {"deep": null}}'
+    assert json.loads(text)["list"] == [1.5, None, "\u00e9"]
 
 
 def test_main_is_python_m_halfbyte_and_survives_a_closed_pipe() -> None:

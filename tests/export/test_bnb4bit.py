@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
+import bitsandbytes
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -32,6 +34,25 @@ def test_export_bnb4bit_is_loaded_by_transformers(family: str, spec: QuantSpec, 
     assert report.parameters_4bit == ours.report.parameters_4bit
     of_base, of_export = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("base", "out"))
     assert of_export("w5 w6").input_ids == of_base("w5 w6").input_ids
+
+
+@pytest.mark.parametrize("double_quant", [True, False], ids=["double", "single"])
+@pytest.mark.parametrize("codebook", ["nf4", "fp4"])
+def test_export_bnb4bit_gives_the_same_logits_in_plain_transformers(
+    codebook: Literal["nf4", "fp4"], double_quant: bool, tmp_path: Path
+) -> None:
+    base, spec = save_tiny(tmp_path / "base"), QuantSpec(codebook=codebook, double_quant=double_quant)
+    # With products in float32 nothing is left to differ but the order of sums.
+    export_bnb4bit(base, tmp_path / "out", spec, dtype=torch.float32)
+    # In train mode bitsandbytes does not repack weights for inference, where it would compute in bfloat16.
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map="cpu").train()
+    layers = [module for module in theirs.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert len(layers) == 14
+    state = layers[0].weight.quant_state
+    assert (state.quant_type, state.nested) == (codebook, double_quant)
+    ours = load_model(base, quant=spec, compute_dtype="float32", device="cpu").model
+    # Two blocks of seven products, each a sum of up to 96 terms that both sides round in their own order.
+    assert_close("logits", logits_of(ours), logits_of(theirs), dtype=torch.float32, roundings=14, reduction_length=96)
 
 
 def test_export_bnb4bit_writes_the_bytes_of_bitsandbytes(tmp_path: Path) -> None:

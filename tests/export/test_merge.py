@@ -124,6 +124,15 @@ def test_merge_adapter_takes_rank_and_alpha_patterns(llama: Path, tmp_path: Path
     assert_merged(tuned, tmp_path / "merged", torch.float32)
 
 
+@pytest.mark.parametrize("onto", ["original", "dequantized"])
+def test_merge_adapter_takes_dora(llama: Path, tmp_path: Path, onto: str) -> None:
+    quant = NF4 if onto == "dequantized" else None
+    tuned = save_tuned(llama, tmp_path / "adapter", LoraSpec(rank=4, alpha=8, dora=True), quant=quant)
+    report = merge_adapter(llama, tmp_path / "adapter", tmp_path / "merged", onto=onto, dtype="float32", spec=NF4)
+    assert_merged(tuned, tmp_path / "merged", torch.float32)
+    assert abs(report.kept_update - 1) < 0.01
+
+
 def test_merge_adapter_takes_a_gguf_base(tmp_path: Path) -> None:
     base = save_tiny_gguf(tmp_path / "tiny.gguf", "llama", quantization="Q8_0")
     tuned = save_tuned(base, tmp_path / "adapter", ALL_LINEAR)
@@ -221,7 +230,14 @@ def test_merge_adapter_refuses_unknown_options(llama: Path, tmp_path: Path, opti
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("spec", [ALL_LINEAR, LoraSpec(rank=4, targets=("q_proj",), modules_to_save=("embed_tokens",))])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        ALL_LINEAR,
+        LoraSpec(rank=4, dora=True),
+        LoraSpec(rank=4, targets=("q_proj",), modules_to_save=("embed_tokens",)),
+    ],
+)
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_merge_in_place_leaves_a_plain_model(
     llama: Path, tied: Path, tmp_path: Path, is_tied: bool, spec: LoraSpec, dtype: torch.dtype

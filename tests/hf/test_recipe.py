@@ -117,6 +117,14 @@ def test_sft_trainer_saves_the_adapter_where_scripts_save_the_model(
         assert not torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+def test_dora_is_asked_for_as_in_peft(model_folder: Path, tmp_path: Path) -> None:
+    model = get_peft_model(load(model_folder), LoraConfig(r=4, target_modules=TARGETS, use_dora=True))
+    names = {name.rpartition(".")[2] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert names == {"lora_A", "lora_B", "lora_magnitude_vector"}
+    model.save_pretrained(tmp_path)
+    assert LoraConfig.from_pretrained(tmp_path).use_dora
+
+
 def test_merge_and_unload_keeps_what_was_learned(model_folder: Path) -> None:
     model = get_peft_model(load(model_folder), LoraConfig(r=4, target_modules=TARGETS)).eval()
     with torch.no_grad():
@@ -144,7 +152,8 @@ def test_plain_model_without_quantization_config_is_what_transformers_loads(mode
     ("call", "message"),
     [
         (lambda f: BitsAndBytesConfig(load_in_8bit=True), "load_in_8bit"),
-        (lambda f: LoraConfig(use_dora=True), "use_dora"),
+        (lambda f: LoraConfig(lora_bias=True), "lora_bias"),
+        (lambda f: LoraConfig(init_lora_weights="pissa"), "in 4 bits already"),
         (lambda f: LoraConfig(bias="all"), "bias"),
         (lambda f: AutoModelForCausalLM.from_pretrained(f, torch_dtyp="auto"), "did you mean torch_dtype"),
         (lambda f: AutoModelForCausalLM.from_pretrained(f, max_memory={0: "8GiB"}), "max_memory"),

@@ -74,16 +74,17 @@ def test_planned_speed_is_near_what_was_measured(row: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_bytes_of_weights_adapters_and_state_are_exact(family: str, double_quant: bool) -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_bytes_of_weights_adapters_and_state_are_exact(family: str, double_quant: bool, dora: bool) -> None:
     model = build_tiny(family)
     config = TINY_CONFIGS[family].to_dict()
-    run = RunShape(rank=4, double_quant=double_quant)
+    run = RunShape(rank=4, double_quant=double_quant, dora=dora)
     shape = ModelShape.from_config(config)
     assert shape.num_parameters == sum(p.numel() for p in model.parameters())
     quantize_linears_(model, QuantSpec(double_quant=double_quant))
     weights = quantized_layers(model.model.layers[0])
     assert sum(block_weight_bytes(shape, run)) == pytest.approx(slab_bytes(weights), abs=256)
-    attach_adapters(model, LoraSpec(rank=4))
+    attach_adapters(model, LoraSpec(rank=4, dora=dora))
     trained = [parameter for _, parameter in iter_trainable(model)]
     assert shape.layers * adapter_numbers(shape, run) == sum(p.numel() for p in trained)
     optimizer = build_optimizer("adamw_8bit", [{"params": trained}], lr=1e-3)
@@ -97,6 +98,21 @@ def test_bytes_of_weights_adapters_and_state_are_exact(family: str, double_quant
         if isinstance(tensor, torch.Tensor) and tensor.numel() > 1
     )
     assert optimizer_bytes(shape, run) == pytest.approx(state, rel=0.01)
+
+
+def test_dora_is_planned_to_take_its_products_and_magnitudes() -> None:
+    shape, choice = shape_of("Llama-7B"), Choice(rows=4, policies=(("keep", 32),))
+
+    def plan(**options: Any) -> tuple[float, int]:
+        maker = LedgerMaker(shape, RunShape(fused=False, **options), H100)
+        return CostModel(maker).predict(choice).seconds, maker.make(choice).device_bytes
+
+    plain, dora, without_dropout = plan(), plan(dora=True), plan(dora=True, drops=False)
+    assert plain[0] < without_dropout[0] < dora[0]
+    assert plain[1] < dora[1] < plain[1] * 1.01
+    # What was taken out of the base is as large as the adapters.
+    maker = LedgerMaker(shape, RunShape(), H100)
+    assert plan(keeps_first=True)[1] - plain[1] == 4 * maker.adapter_numbers
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -35,6 +35,8 @@ SPECS = {
     "one layer, all linear": LoraSpec(rank=4, alpha=8, layers_to_transform=(0,), layers_pattern="layers"),
     "trained whole": LoraSpec(rank=4, alpha=8, targets=("q_proj",), modules_to_save=("lm_head", "embed_tokens")),
     "qwen biases": LoraSpec(rank=4, alpha=8),
+    "dora": LoraSpec(rank=4, alpha=8, dora=True),
+    "dora of some": LoraSpec(rank=4, alpha=6, dora=True, rslora=True, targets=("q_proj", "down_proj")),
 }
 
 
@@ -78,6 +80,7 @@ def test_load_adapter_reads_what_peft_wrote(name: str, llama: Path, qwen2: Path,
             r=spec.rank,
             lora_alpha=spec.alpha,
             use_rslora=spec.rslora,
+            use_dora=spec.dora,
             target_modules=spec.targets if isinstance(spec.targets, str) else list(spec.targets),
             exclude_modules=list(spec.exclude) or None,
             rank_pattern=dict(spec.rank_pattern),
@@ -111,6 +114,26 @@ def test_save_adapter_writes_only_well_known_fields(adapter: Path) -> None:
     tensors = load_file(adapter / "adapter_model.safetensors")
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     assert tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].shape == (4, 64)
+
+
+def test_save_adapter_says_dora_in_the_words_of_peft(llama: Path, tmp_path: Path) -> None:
+    save_tuned(llama, tmp_path, SPECS["dora"])
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["use_dora"] is True
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"].shape == (64,)
+
+
+def test_load_adapter_wants_every_magnitude(llama: Path, tmp_path: Path) -> None:
+    save_tuned(llama, tmp_path, SPECS["dora"])
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"
+    save_file({**tensors, key: torch.ones(63)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(FormatError, match=r"lora_magnitude_vector \[63\] for 64 outputs"):
+        logits_with(llama, tmp_path)
+    del tensors[key]
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(FormatError, match="13 magnitudes for 14 adapters"):
+        logits_with(llama, tmp_path)
 
 
 def test_save_adapter_leaves_no_temporary_files(adapter: Path) -> None:
@@ -231,7 +254,7 @@ def test_load_adapter_refuses_a_second_adapter(llama: Path, adapter: Path) -> No
 
 @pytest.mark.parametrize(
     ("key", "what"),
-    [("lora_magnitude_vector", "DoRA"), ("lora_embedding_A", "embeddings"), ("lora_B.bias", "biases")],
+    [("lora_magnitude_vector", "use_dora false"), ("lora_embedding_A", "embeddings"), ("lora_B.bias", "biases")],
 )
 def test_load_adapter_refuses_other_kinds_of_adapters(llama: Path, adapter: Path, key: str, what: str) -> None:
     tensors = load_file(adapter / "adapter_model.safetensors")
@@ -243,7 +266,14 @@ def test_load_adapter_refuses_other_kinds_of_adapters(llama: Path, adapter: Path
 
 @pytest.mark.parametrize(
     "changes",
-    [{"use_dora": True}, {"bias": "all"}, {"peft_type": "IA3"}, {"init_lora_weights": "pissa"}, {"lora_bias": True}],
+    [
+        {"use_dora": True},
+        {"use_qalora": True},
+        {"bias": "all"},
+        {"peft_type": "IA3"},
+        {"init_lora_weights": "pissa"},
+        {"lora_bias": True},
+    ],
 )
 def test_load_adapter_refuses_what_it_would_compute_wrongly(
     llama: Path, adapter: Path, changes: dict[str, Any]
@@ -297,6 +327,9 @@ def assert_same_tensors(theirs: PeftModel, ours: PreTrainedModel) -> None:
     for path, layer in iter_lora(ours):
         assert torch.equal(state[f"base_model.model.{path}.lora_A.default.weight"], layer.lora_A)
         assert torch.equal(state[f"base_model.model.{path}.lora_B.default.weight"], layer.lora_B)
+        if layer.lora_magnitude_vector is not None:
+            magnitude = state[f"base_model.model.{path}.lora_magnitude_vector.default.weight"]
+            assert torch.equal(magnitude, layer.lora_magnitude_vector)
 
 
 def logits_with(base: Path, adapter: Path) -> torch.Tensor:

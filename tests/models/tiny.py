@@ -71,10 +71,10 @@ DENSE = [name for name in CONFIGS if name not in ("mixtral", "qwen3_moe")]
 MIXTURES = ["mixtral", "qwen3_moe"]
 
 
-def build_tiny(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """Return a random model whose norms and biases are random too."""
+def build_tiny(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Return a random model whose norms and biases are random too, with `changes` to its configuration."""
     torch.manual_seed(seed)
-    config = type(CONFIGS[family])(**CONFIGS[family].to_dict())
+    config = type(CONFIGS[family])(**{**CONFIGS[family].to_dict(), **changes})
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -119,7 +119,7 @@ def test_lora_linear_with_its_adapter_beside_the_weight_gives_the_same() -> None
     # What a GPU does in 16 bits.
     for dtype in (torch.float32, torch.bfloat16):
         case = make_case(9, 64, 48, dtype=dtype)
-        frozen = lora_module._Frozen(weight=case.q, options=PLAIN, workspace=case.workspace)
+        frozen = lora_module.Frozen(weight=case.q, options=PLAIN, workspace=case.workspace)
         x, lora_A, lora_B, bias = case.doubled()
         with torch.no_grad():
             y = frozen.riding_product(case.x, case.x @ case.lora_A.to(dtype).T, case.lora_B, case.bias)

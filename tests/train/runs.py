@@ -59,7 +59,7 @@ def build_trainer(
     **options: Any,
 ) -> HalfbyteTrainer:
     """Return a trainer over a tiny model; further options are training arguments."""
-    callbacks = options.pop("callbacks", ())
+    callbacks, spec = options.pop("callbacks", ()), options.pop("spec", SPEC)
     own = {name: options.pop(name) for name in ("loraplus_lr_ratio", "on_bad_step", "loss_spike") if name in options}
     defaults = {
         "per_device_train_batch_size": 2,
@@ -74,13 +74,13 @@ def build_trainer(
         "seed": 11,
     }
     return HalfbyteTrainer(
-        build_model() if model is None else model,
+        build_model(spec=spec) if model is None else model,
         HalfbyteArguments(str(folder), **{**defaults, **options}),
         train_dataset=build_examples() if examples is None else examples,
         eval_dataset=eval_dataset,
         processing_class=build_tokenizer(),
         callbacks=callbacks,
-        options=TrainerOptions(row_tokens=row_tokens, base_model="tiny", lora=SPEC, **own),
+        options=TrainerOptions(row_tokens=row_tokens, base_model="tiny", lora=spec, **own),
     )
 
 

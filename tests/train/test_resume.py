@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import time
@@ -19,6 +20,7 @@ from halfbyte.train.random_state import read_random_state
 from tests.faults.processes import assert_same_tree
 from tests.train.runs import (
     ROW_TOKENS,
+    SPEC,
     assert_same_values,
     build_examples,
     build_model,
@@ -42,6 +44,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "packed": {},
     "padded": {"row_tokens": None},
     "grouped": {"row_tokens": None, "group_by_length": True, "optim": "adamw_torch"},
+    "dora": {"spec": dataclasses.replace(SPEC, dora=True)},
     "paged": {"optim": "paged_adamw_8bit"},
     "paged 32": {"optim": "paged_adamw_32bit"},
     "workers before": {"cut": {"dataloader_num_workers": 2}},
@@ -66,7 +69,7 @@ def build(folder: Path, *, device: str = "cpu", **options: Any) -> HalfbyteTrain
     """Return a trainer, on a GPU in bf16."""
     if device == "cpu":
         return build_trainer(folder, **options)
-    module: torch.nn.Module = build_model().cuda().to(torch.bfloat16)
+    module: torch.nn.Module = build_model(spec=options.get("spec", SPEC)).cuda().to(torch.bfloat16)
     assert isinstance(module, PreTrainedModel)
     return build_trainer(folder, model=module, use_cpu=False, **options)
 

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from halfbyte.config import RunConfig
 from halfbyte.config.load import load_config, make_config
-from halfbyte.errors import ConfigError, DataError
-from halfbyte.models import load_model
+from halfbyte.errors import ConfigError, DataError, FormatError
+from halfbyte.models import load_adapter, load_model, load_run
 from halfbyte.nn import iter_lora
 from halfbyte.quant import QuantSpec
 from halfbyte.train import run_training
@@ -80,9 +80,13 @@ def test_run_training_leaves_everything_in_its_folder(model_folder: Path, data_f
     assert "<|im_start|>assistant\n[[It is 0.<|im_end|>" in shown
 
 
-def test_run_training_resumes_what_was_cut(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
-    whole = config_of(model_folder, data_file, tmp_path / "whole", **{"train.save_steps": 2})
-    cut = config_of(model_folder, data_file, tmp_path / "cut", **{"train.save_steps": 2})
+@pytest.mark.parametrize("variant", [{}, {"lora.dora": True}, {"lora.init": "pissa_niter_2"}], ids=str)
+def test_run_training_resumes_what_was_cut(
+    model_folder: Path, data_file: Path, tmp_path: Path, variant: dict[str, Any]
+) -> None:
+    options = {"train.save_steps": 2, **variant}
+    whole = config_of(model_folder, data_file, tmp_path / "whole", **options)
+    cut = config_of(model_folder, data_file, tmp_path / "cut", **options)
     quiet = Console(file=io.StringIO())
     first = run_training(whole, console=quiet)
     run_training(cut, console=quiet)
@@ -99,8 +103,36 @@ def test_run_training_resumes_what_was_cut(model_folder: Path, data_file: Path, 
     assert second.summary.held_out_after == first.summary.held_out_after
     assert [s.after for s in second.summary.samples] == [s.after for s in first.summary.samples]
     for (path, a), (_, b) in zip(iter_lora(first.model), iter_lora(second.model), strict=True):
-        assert torch.equal(a.lora_A, b.lora_A), path
-        assert torch.equal(a.lora_B, b.lora_B), path
+        assert all(torch.equal(value, b.adapter()[name]) for name, value in a.adapter().items()), path
+
+
+def test_run_training_refuses_to_resume_from_another_split(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    quiet, options = Console(file=io.StringIO()), {"lora.init": "pissa", "train.save_steps": 2}
+    run_training(config_of(model_folder, data_file, tmp_path / "out", **options), console=quiet)
+    options |= {"train.resume": True, "lora.init": "pissa_niter_1", "train.max_steps": 6}
+    with pytest.raises(ConfigError, match=r"lora\.init was pissa, now pissa_niter_1"):
+        run_training(config_of(model_folder, data_file, tmp_path / "out", **options), console=quiet)
+    # As with another release of torch, that finds another part by the same options.
+    path = tmp_path / "out" / "run.yaml"
+    path.write_text(path.read_text().replace("init: pissa", "init: pissa_niter_1"))
+    with pytest.raises(FormatError, match="begun from another part"):
+        run_training(config_of(model_folder, data_file, tmp_path / "out", **options), console=quiet)
+
+
+def test_run_with_pissa_answers_as_it_was_trained(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    text, options = io.StringIO(), {"lora.init": "pissa"}
+    result = run_training(config_of(model_folder, data_file, tmp_path / "out", **options), console=Console(file=text))
+    assert "adapters begin from the weights: pissa" in text.getvalue()
+    assert result.summary.held_out_after.loss < result.summary.held_out_before.loss
+    again = load_run(tmp_path / "out", device="cpu", attn_implementation="halfbyte").model
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits, result.model(input_ids=ids).logits)
+    # Onto the plain base, as from anywhere else, it is another model, and a near one.
+    plain = load_model(model_folder, quant=QuantSpec(), device="cpu", attn_implementation="halfbyte").model
+    load_adapter(plain, tmp_path / "out")
+    with torch.no_grad():
+        assert not torch.allclose(plain(input_ids=ids).logits, result.model(input_ids=ids).logits, atol=1e-4)
 
 
 def test_run_training_goes_on_from_an_adapter(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
@@ -166,8 +198,6 @@ def test_run_training_fails_before_it_writes(model_folder: Path, data_file: Path
 
 
 def test_adapter_of_a_run_loads_on_its_base(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
-    from halfbyte.models import load_adapter
-
     result = run_training(config_of(model_folder, data_file, tmp_path / "out"), console=Console(file=io.StringIO()))
     fresh = load_model(model_folder, quant=QuantSpec(), device="cpu", attn_implementation="halfbyte").model
     load_adapter(fresh, tmp_path / "out")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from halfbyte.models.adapter_files import AdapterContent
 from halfbyte.train.checkpoint import find_checkpoint, list_checkpoints, load_tensors
 from halfbyte.train.saver import CheckpointSaver
 from halfbyte.train.snapshot import Snapshot, TokenizerFiles, copy_to_host
@@ -30,8 +31,7 @@ class Told:
     def save(self, step: int, *, keep: int | None = None, spared: int | None = None, **states: Any) -> None:
         snapshot = Snapshot(
             step=step,
-            adapter={"a": torch.full((3,), float(step))},
-            adapter_config="{}",
+            adapter=AdapterContent(tensors={"a": torch.full((3,), float(step))}, description="{}", metadata={}),
             states={"optimizer.pt": {"step": step}, **states},
             texts={"run_state.json": "{}"},
         )
