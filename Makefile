@@ -3,6 +3,7 @@
 # make test     the tests            make test-gpu   those that need an NVIDIA GPU
 # make check    format, lint, types, layers
 # make bench    time the operations; ONLY=load,train times some of them
+# make faults   kill trainings 200 times at random moments, and compare what they come to
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +13,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/
 # CPU build brings no triton, which the interpreted kernel tests want; with CUDA, torch brings the triton it was made with.
 TORCH := $(if $(HAS_GPU),torch,torch==2.13.0 $(if $(filter Linux,$(shell uname -s)),triton==3.6.0))
 
-.PHONY: setup demo test test-gpu check format bench clean
+.PHONY: setup demo test test-gpu check format bench faults clean
 
 setup: $(STAMP)
 
@@ -44,6 +45,9 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.run $(if $(ONLY),--only $(ONLY))
+
+faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.faults --kills 200
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -26,6 +26,12 @@ def current_world() -> World:
     return _joined[-1] if _joined else ALONE
 
 
+def num_ranks() -> int:
+    """Return how many processes torchrun has started, before or after they have joined."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return int(size) if not _joined and size.isdecimal() else current_world().size
+
+
 @contextlib.contextmanager
 def join_world(*, on_cpu: bool = False) -> Iterator[World]:
     """Be one of the ranks that torchrun has started, inside the `with` block; alone where it has started none.

@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import importlib.util
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -119,6 +120,26 @@ class HalfbyteArguments(TrainingArguments):
             raise ConfigError(
                 "torchrun has started this process, which has not joined; call halfbyte.join_world() first"
             )
+
+    def describe_steps(self, num_batches: int, *, row_tokens: int | None, ranks: int) -> str:
+        """Say how many steps a run has, and what each of them holds.
+
+        Args:
+            num_batches: Micro-batches of an epoch, of one rank.
+            row_tokens: Of a packed row; None where examples are padded.
+            ranks: How many take part.
+        """
+        optimizer, scheduler = (getattr(name, "value", name) for name in (self.optim, self.lr_scheduler_type))
+        per_epoch = max(math.ceil(num_batches / self.gradient_accumulation_steps), 1)
+        steps = self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * per_epoch)
+        kind = f"rows of {row_tokens} tokens" if row_tokens else "padded examples"
+        times = f"{self.gradient_accumulation_steps} x " if self.gradient_accumulation_steps > 1 else ""
+        times += f"{ranks} ranks x " if ranks > 1 else ""
+        return (
+            f"run: {steps} steps ({steps / per_epoch:.3g} epochs of {per_epoch}), each of "
+            f"{times}{self.per_device_train_batch_size} {kind}; {optimizer}, learning rate {self.learning_rate:g}, "
+            f"{scheduler} after {self.get_warmup_steps(steps)} steps of warmup"
+        )
 
     def set_checkpointing(self, on: bool) -> None:
         """Say, under the names that the installed Trainer reads, whether activations are computed again."""

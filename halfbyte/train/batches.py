@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -113,6 +114,8 @@ def build_loader(
     batches = EpochBatches(sampler, batch_size, drop_last, source, part=world.rank, of=world.size)
     # A generator of its own: torch's loaders otherwise draw from the global one, which dropout needs undisturbed.
     generator = torch.Generator().manual_seed(seed)
+    if loader_options.get("num_workers"):
+        loader_options["worker_init_fn"] = _ignore_interrupts
     collate = _Collate(options.pad_id, row_tokens=options.row_tokens)
     return EpochLoader(dataset, batch_sampler=batches, collate_fn=collate, generator=generator, **loader_options)
 
@@ -204,6 +207,11 @@ class _Collate:
         if self.row_tokens is not None:
             return [make_row([], row_tokens=self.row_tokens, pad_id=self.pad_id)]
         return [TokenizedExample(np.full(2, self.pad_id, dtype=np.int32), np.zeros(2, dtype=bool), "nothing")]
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Leave Ctrl-C, which reaches every process of a terminal, to the one that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _padded_sampler(

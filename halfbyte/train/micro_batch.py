@@ -120,6 +120,13 @@ class MicroBatches:
         return next((f"because {reason}" for reason, holds in reasons.items() if holds), None)
 
     @property
+    def note(self) -> str:
+        """How its kernels are launched, for people."""
+        if self.why_no_graphs is None:
+            return "kernels of a micro-batch: launched as one graph, from the second of each shape on"
+        return f"kernels of a micro-batch: launched one by one, {self.why_no_graphs}" if self.why_no_graphs else ""
+
+    @property
     def as_graphs(self) -> bool:
         """Whether micro-batches are recorded."""
         return self.why_no_graphs is None

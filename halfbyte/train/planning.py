@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 from halfbyte.config import RunConfig
-from halfbyte.config.load import load_config as load_run_config
-from halfbyte.config.output import RUN_FILE
+from halfbyte.config.resolve import divide_for_ranks, find_run_config
 from halfbyte.device import free_bytes, resolve_compute_dtype
 from halfbyte.distributed import current_world
 from halfbyte.errors import ConfigError, PlanError
@@ -170,21 +169,7 @@ def _spill_folder(config: RunConfig) -> Path | None:
 
 def _like_the_run_before(config: RunConfig) -> RunConfig:
     """Divide the batch as the run that is continued did: its checkpoint goes on bit for bit only so."""
-    if not config.train.resume or config.train.batch_size is None or config.output_dir is None:
+    if config.train.resume is not True or config.output_dir is None:
         return config
-    path = Path(config.output_dir) / RUN_FILE
-    if not path.exists():
-        return config
-    rows, ranks = load_run_config(path).train.per_device_train_batch_size, current_world().size
-    if config.train.batch_size % (rows * ranks):
-        raise ConfigError(
-            f"train.batch_size is {config.train.batch_size}, and the run to go on with has micro-batches of {rows} "
-            f"rows, which {ranks} ranks cannot share evenly; resume with fewer ranks"
-        )
-    train = dataclasses.replace(
-        config.train,
-        batch_size=None,
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=config.train.batch_size // (rows * ranks),
-    )
-    return dataclasses.replace(config, train=train)
+    before = find_run_config(Path(config.output_dir))
+    return config if before is None else divide_for_ranks(before, config, current_world().size)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from halfbyte.config.output import REPORT_FILE, SUMMARY_FILE
+from halfbyte.config.output import REPORT_FILE, SUMMARY_FILE, save_text
 from halfbyte.nn import AdapterReport
 from halfbyte.train.callbacks import format_seconds
 from halfbyte.train.evaluate import HeldOut
@@ -76,13 +75,6 @@ class Summary:
     def save(self, folder: Path) -> None:
         """Write summary.json, whole or not at all."""
         save_text(json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n", folder / SUMMARY_FILE)
-
-
-def save_text(text: str, path: Path) -> None:
-    """Write a file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def make_summary(
