@@ -44,8 +44,12 @@ if TYPE_CHECKING:
     from halfbyte.models.generate import GenerationOptions as GenerationOptions
     from halfbyte.models.generate import generate_text as generate_text
     from halfbyte.nn import LoraSpec as LoraSpec
+    from halfbyte.nn import active_adapter as active_adapter
+    from halfbyte.nn import adapter_names as adapter_names
     from halfbyte.nn import adapters_disabled as adapters_disabled
     from halfbyte.nn import attach_adapters as attach_adapters
+    from halfbyte.nn import delete_adapter as delete_adapter
+    from halfbyte.nn import set_adapter as set_adapter
     from halfbyte.ops import dequantize_4bit as dequantize_4bit
     from halfbyte.ops import quantize_4bit as quantize_4bit
     from halfbyte.optim import build_optimizer as build_optimizer
@@ -71,7 +75,15 @@ _MODULES = {
     "export": ("export_bnb4bit", "merge_adapter"),
     "models": ("load_adapter", "load_model", "load_run", "save_adapter"),
     "models.generate": ("GenerationOptions", "generate_text"),
-    "nn": ("LoraSpec", "adapters_disabled", "attach_adapters"),
+    "nn": (
+        "LoraSpec",
+        "active_adapter",
+        "adapter_names",
+        "adapters_disabled",
+        "attach_adapters",
+        "delete_adapter",
+        "set_adapter",
+    ),
     "ops": ("dequantize_4bit", "quantize_4bit"),
     "optim": ("build_optimizer",),
     "quant": ("QuantSpec", "QuantizedTensor"),

@@ -7,10 +7,11 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from halfbyte.cli.adapters import Voices, add_adapter_argument, find_voices, load_voices
 from halfbyte.cli.answers import add_answer_arguments, answer, build_chat_renderer, check_comparable, generation_options
 from halfbyte.cli.arguments import CommandParser
 from halfbyte.cli.console import progress_console, result_console
-from halfbyte.cli.tuned import RUN_DEFAULTS, TunedModel, find_tuned, load_tuned
+from halfbyte.cli.tuned import RUN_DEFAULTS, TunedModel
 from halfbyte.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,32 +19,38 @@ if TYPE_CHECKING:
 
 SECTIONS = ("model", "quant")
 HINT = "/reset forgets the conversation, /quit (or Ctrl-D) ends it"
+SWITCH_HINT = "/adapter NAME lets another adapter answer"
 
 
 def add_arguments(parser: CommandParser) -> None:
     add_answer_arguments(parser)
-    parser.epilog = f"in the conversation: {HINT}.\n\n{RUN_DEFAULTS}"
+    add_adapter_argument(parser)
+    parser.epilog = f"in the conversation: {HINT}; {SWITCH_HINT}.\n\n{RUN_DEFAULTS}"
 
 
 def run(args: argparse.Namespace) -> int:
-    source = find_tuned(args.tuned, args.overrides)
-    check_comparable(args, source)
+    sources = find_voices(args)
+    check_comparable(args, next(iter(sources.values())))
     options = generation_options(args)
-    tuned = load_tuned(source, console=progress_console())
-    renderer = build_chat_renderer(args, source, tuned)
-    result_console().print(HINT, style="dim", markup=False)
+    voices = load_voices(sources, console=progress_console())
+    renderer = build_chat_renderer(args, voices.source, voices.tuned)
+    hint = f"{HINT}; {SWITCH_HINT} ({', '.join(sources)})" if len(sources) > 1 else HINT
+    result_console().print(hint, style="dim", markup=False)
 
     from halfbyte.models.generate import inference_state
 
     turns: list[dict[str, Any]] = []
     # Entered once for the whole conversation: what answering prepares is not prepared again at each turn.
-    with inference_state(tuned.model):
+    with inference_state(voices.tuned.model):
         while (words := ask()) not in (None, "/quit", "/exit"):
             if words == "/reset":
                 turns = []
+            elif words == "/adapter" or words.startswith("/adapter "):
+                switch(voices, words.removeprefix("/adapter").strip())
+                renderer = build_chat_renderer(args, voices.source, voices.tuned)
             elif words:
                 asked = [*turns, {"role": "user", "content": words}]
-                reply = talk(tuned, renderer.render_chat(asked), options, compare=args.compare)
+                reply = talk(voices.tuned, renderer.render_chat(asked), options, compare=args.compare)
                 turns = turns if reply is None else [*asked, {"role": "assistant", "content": reply}]
     return 0
 
@@ -59,6 +66,17 @@ def ask() -> str | None:
     except EOFError:
         print()
         return None
+
+
+def switch(voices: Voices, name: str) -> None:
+    """Let another adapter answer from the next turn on, or say which there are."""
+    try:
+        if name:
+            voices.switch(name)
+    except ConfigError as error:
+        print(error)
+        return
+    print(f"{voices.current} answers; there are {', '.join(voices.models)}")
 
 
 def talk(tuned: TunedModel, prompt: list[int], options: GenerationOptions, *, compare: bool) -> str | None:

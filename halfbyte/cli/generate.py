@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from halfbyte.cli.adapters import add_adapter_argument, find_voices, load_voices
 from halfbyte.cli.answers import add_answer_arguments, answer, build_chat_renderer, check_comparable, generation_options
 from halfbyte.cli.arguments import CommandParser
 from halfbyte.cli.console import json_text, progress_console
-from halfbyte.cli.tuned import RUN_DEFAULTS, TunedModel, TunedSource, find_tuned, load_tuned
+from halfbyte.cli.tuned import RUN_DEFAULTS, TunedModel, TunedSource
 from halfbyte.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -22,11 +23,13 @@ examples:
   halfbyte generate OUT "Where is my parcel?" --compare
   halfbyte generate OUT --file questions.txt --json > answers.jsonl
   cat questions.txt | halfbyte generate OUT
+  halfbyte generate OUT --adapter other-run "Where is my parcel?"     # one answer of each
 """
 
 
 def add_arguments(parser: CommandParser) -> None:
     add_answer_arguments(parser)
+    add_adapter_argument(parser)
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="default: one a line from --file or standard input")
     parser.add_argument("--file", metavar="FILE", type=Path, help="file of prompts, one a line")
     parser.add_argument("--raw", action="store_true", help="go on from the prompt as it is, without the chat template")
@@ -35,20 +38,25 @@ def add_arguments(parser: CommandParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    source = find_tuned(args.tuned, args.overrides)
-    check_comparable(args, source)
+    sources = find_voices(args)
+    check_comparable(args, next(iter(sources.values())))
     options, questions = generation_options(args), read_prompts(args)
-    tuned = load_tuned(source, console=progress_console())
-    prompts = encode(questions, args, source, tuned)
-    if len(prompts) == 1 and not args.compare and not args.json:
-        stream(tuned, prompts[0], options)
-        return 0
-    base_answers: list[str] | list[None] = [None] * len(prompts)
-    if args.compare:
-        base_answers = answer(tuned, prompts, options=options, by_base=True)
-    answers = answer(tuned, prompts, options=options)
-    for question, base_answer, words in zip(questions, base_answers, answers, strict=True):
-        print(render(question, base_answer, words, as_json=args.json), flush=True)
+    voices = load_voices(sources, console=progress_console())
+    for name in sources:
+        if len(sources) > 1:
+            voices.switch(name)
+        tuned = voices.tuned
+        prompts = encode(questions, args, voices.source, tuned)
+        if len(prompts) == 1 and len(sources) == 1 and not args.compare and not args.json:
+            stream(tuned, prompts[0], options)
+            return 0
+        base_answers: list[str] | list[None] = [None] * len(prompts)
+        if args.compare:
+            base_answers = answer(tuned, prompts, options=options, by_base=True)
+        answers = answer(tuned, prompts, options=options)
+        label = name if len(sources) > 1 else None
+        for question, base_answer, words in zip(questions, base_answers, answers, strict=True):
+            print(render(question, base_answer, words, as_json=args.json, adapter=label), flush=True)
     return 0
 
 
@@ -91,10 +99,11 @@ def stream(tuned: TunedModel, prompt: list[int], options: GenerationOptions) -> 
     print()
 
 
-def render(question: str, base_answer: str | None, words: str, *, as_json: bool) -> str:
-    """Return what is printed of one answer."""
+def render(question: str, base_answer: str | None, words: str, *, as_json: bool, adapter: str | None = None) -> str:
+    """Return what is printed of one answer; `adapter` names whose it is, where there are several."""
     if as_json:
-        record = {"prompt": question, "answer": words}
+        record = {"prompt": question, "answer": words} | ({} if adapter is None else {"adapter": adapter})
         return json_text(record if base_answer is None else {**record, "base_answer": base_answer})
     base = "" if base_answer is None else f"base:   {base_answer}\n"
-    return f"prompt: {question}\n{base}tuned:  {words}\n"
+    who = "tuned:  " if adapter is None else f"{adapter}: "
+    return f"prompt: {question}\n{base}{who}{words}\n"

@@ -90,8 +90,8 @@ def find_tuned(name: str, overrides: Mapping[str, str]) -> TunedSource:
     )
 
 
-def load_tuned(source: TunedSource, *, console: Console) -> TunedModel:
-    """Load base, adapter and tokenizer, telling `console` what was found."""
+def load_tuned(source: TunedSource, *, console: Console, name: str = "default") -> TunedModel:
+    """Load base, adapter (under a name) and tokenizer, telling `console` what was found."""
     from halfbyte.device import keep_freed_memory
     from halfbyte.models import load_adapter, load_model
     from halfbyte.models.attention import PACKED_ATTENTION
@@ -112,7 +112,8 @@ def load_tuned(source: TunedSource, *, console: Console) -> TunedModel:
         )
     console.print(str(loaded.report), markup=False)
     if source.adapter is not None:
-        console.print(str(load_adapter(loaded.model, source.adapter, splits=loaded.splits)), markup=False)
+        report = load_adapter(loaded.model, source.adapter, name=name, splits=loaded.splits)
+        console.print(str(report), markup=False)
     if loaded.report.device.type == "cpu":
         keep_freed_memory()
     return TunedModel(

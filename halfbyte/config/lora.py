@@ -48,8 +48,11 @@ class LoraSection:
     """Name of the list of layers, where it is none of the usual ones."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained whole beside the adapters and saved with them (lm_head)."""
-    adapter: str | None = None
-    """Continue from this trained adapter (folder or file) instead of a new one."""
+    trainable_token_indices: tuple[int, ...] = ()
+    """Ids of tokens whose rows of embedding and head are trained, beside those of model.added_tokens."""
+    adapter: str | None = option(None, aliases=("init_from", "lora_model_dir"))
+    """Go on from this trained adapter (folder or file) instead of a new one, with a new optimizer; options of this
+    section that are given must not contradict it, but for dropout."""
 
     def __post_init__(self) -> None:
         check_section(self, "lora")

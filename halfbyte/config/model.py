@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from halfbyte.config.option import option
 from halfbyte.config.values import check_section
 
 
@@ -25,6 +26,13 @@ class ModelSection:
     """Attention implementation by its transformers name. none: ours, which keeps packed examples apart."""
     allow_16bit_experts: bool = False
     """Accept a model whose expert weights are no linear layers and would stay in 16 bits."""
+
+    added_tokens: Literal["template"] | tuple[str, ...] = option((), aliases=("special_tokens",))
+    """Special tokens that the tokenizer gets and the vocabulary grows by (<|im_start|>,<|im_end|>); their rows of
+    embedding and head are trained. template: the markers of the chat template that the tokenizer would split."""
+    pad_vocabulary_to: int = option(1, minimum=1, aliases=("pad_to_multiple_of",))
+    """A vocabulary that grows becomes a multiple of this where matrices are written whole: in lora.modules_to_save and
+    merged models."""
 
     def __post_init__(self) -> None:
         check_section(self, "model")

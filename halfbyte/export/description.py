@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from halfbyte.models import PreTrainedModel
+from halfbyte.models.adapter_files import find_adapter_weights
 from halfbyte.models.describe import load_tokenizer
 from halfbyte.models.source import ModelSource, load_config_dict
 
@@ -63,6 +64,14 @@ def write_description(
     elif (source.folder / GENERATION_FILE).exists():
         shutil.copyfile(source.folder / GENERATION_FILE, folder / GENERATION_FILE)
     _write_tokenizer(folder, source, tokenizer_folder)
+
+
+def tokenizer_beside(adapter: str | Path | None) -> Path | None:
+    """Return the folder of an adapter if a tokenizer lies there, which is then used in place of the base's."""
+    if adapter is None:
+        return None
+    folder = find_adapter_weights(Path(adapter)).parent
+    return folder if (folder / "tokenizer_config.json").exists() else None
 
 
 def _source_config(source: ModelSource, model: PreTrainedModel) -> dict[str, Any]:

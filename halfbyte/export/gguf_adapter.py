@@ -104,6 +104,10 @@ def _names(adapter: Adapter, tensor_names: dict[str, str], tied: set[str]) -> di
             "llama.cpp's adapters have no magnitudes, and without them a DoRA adapter is another one; export the "
             "merged model instead, without --adapter-only"
         )
+    if adapter.rows or adapter.spec.vocabulary is not None:
+        raise ConfigError(
+            "the adapter has rows of tokens of its own, which a GGUF adapter cannot hold; merge it and export the model"
+        )
     if adapter.tensors.saved:
         raise ConfigError(
             f"the adapter has modules trained whole ({', '.join(sorted(adapter.tensors.saved))}), which a GGUF adapter "

@@ -23,6 +23,7 @@ import torch
 
 from halfbyte.data.chat import find_chat_template
 from halfbyte.errors import ConfigError
+from halfbyte.export.description import tokenizer_beside
 from halfbyte.export.folder import new_file
 from halfbyte.export.gguf_fields import (
     context_length,
@@ -42,7 +43,7 @@ from halfbyte.export.gguf_file import (
     gguf_package,
 )
 from halfbyte.export.gguf_vocabulary import make_vocabulary_fields
-from halfbyte.export.merge import Merger, MergeReport, open_merge, stored_name, tokenizer_beside
+from halfbyte.export.merge import Merger, MergeReport, open_merge, stored_name
 from halfbyte.models import ModelSource, PretrainedConfig, load_tokenizer
 from halfbyte.models.gguf_names import (
     FAMILIES,

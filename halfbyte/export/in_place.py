@@ -7,6 +7,7 @@ to 4 bits, as PEFT does, would lose the update: it is far smaller than the dista
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,10 @@ from halfbyte.models.half_storage import HalfEmbedding, HalfHead
 from halfbyte.models.host_embedding import HostEmbedding
 from halfbyte.nn import Linear4bit, LoraLinear, SavedModule
 from halfbyte.nn.convert import replace_module
+from halfbyte.nn.token_rows import RowsEmbedding, RowsHead, TokenRows
 from halfbyte.ops import dequantize_4bit
+
+_WIDENING = (HalfEmbedding, HostEmbedding, HalfHead)
 
 
 @torch.no_grad()
@@ -37,8 +41,13 @@ def merge_in_place(model: PreTrainedModel, *, dtype: torch.dtype | None = None) 
     if any(name.rpartition(".")[0] in saved for pair in model.all_tied_weights_keys.items() for name in pair):
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys.clear()
+    words: dict[TokenRows, nn.Parameter] = {}
     for path, module in list(_outermost(model)):
-        replace_module(model, path, _plain(path, module, dtype))
+        plain: Any = _plain(path, module, dtype)
+        if isinstance(module, (RowsEmbedding, RowsHead)):
+            # One table, one weight: embedding and head stay tied.
+            plain.weight = words.setdefault(module.table, plain.weight)
+        replace_module(model, path, plain)
     # Parameters only: buffers such as rotary frequencies stay in fp32. Setting .data keeps tied ones tied.
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -49,7 +58,7 @@ def merge_in_place(model: PreTrainedModel, *, dtype: torch.dtype | None = None) 
 
 def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield path and module of what is ours, wrappers without what is inside them."""
-    ours = (LoraLinear, SavedModule, Linear4bit, HalfEmbedding, HostEmbedding, HalfHead)
+    ours = (LoraLinear, SavedModule, RowsEmbedding, RowsHead, Linear4bit, HalfEmbedding, HostEmbedding, HalfHead)
     inside: list[str] = []
     for path, module in model.named_modules():
         if isinstance(module, ours) and not any(path.startswith(f"{outer}.") for outer in inside):
@@ -57,10 +66,12 @@ def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _plain(path: str, module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _plain(path: str, module: nn.Module, dtype: torch.dtype) -> Any:
     if isinstance(module, SavedModule):
         trained = module.trained
         return _plain(path, trained, dtype) if isinstance(trained, (HalfEmbedding, HalfHead)) else trained.to(dtype)
+    if isinstance(module, (RowsEmbedding, RowsHead)):
+        return _with_rows(path, module, dtype)
     if isinstance(module, (HalfEmbedding, HostEmbedding)):
         embedding = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
         embedding.weight = module.weight
@@ -75,6 +86,14 @@ def _plain(path: str, module: nn.Module, dtype: torch.dtype) -> nn.Module:
         return _linear(_merged(path, module, dtype), module.base.bias)
     assert isinstance(module, Linear4bit)
     return _linear(dequantize_4bit(module.quantized, dtype=dtype), module.bias)
+
+
+def _with_rows(path: str, module: RowsEmbedding | RowsHead, dtype: torch.dtype) -> Any:
+    original: Any = module.original
+    plain: Any = _plain(path, original, dtype) if isinstance(original, _WIDENING) else original
+    plain.weight = nn.Parameter(module.table.put_over(plain.weight.detach()), requires_grad=False)
+    setattr(plain, "num_embeddings" if isinstance(module, RowsEmbedding) else "out_features", module.table.vocabulary)
+    return plain
 
 
 def _merged(path: str, module: LoraLinear, dtype: torch.dtype) -> torch.Tensor:

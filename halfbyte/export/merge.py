@@ -27,10 +27,11 @@ import torch
 
 from halfbyte.errors import ConfigError, FormatError
 from halfbyte.export.base_rows import iter_base_rows, update_of_rows
-from halfbyte.export.description import write_description
+from halfbyte.export.description import tokenizer_beside, write_description
 from halfbyte.export.folder import new_folder
 from halfbyte.export.rounding import generator_for, round_fairly
 from halfbyte.export.shards import ShardWriter, TensorWriter
+from halfbyte.export.vocabulary_rows import VocabularyRows
 from halfbyte.models import PreTrainedModel
 from halfbyte.models.adapter_files import Adapter, find_adapter_weights, open_adapter
 from halfbyte.models.adapter_tensors import AdapterTensors
@@ -38,7 +39,7 @@ from halfbyte.models.build import build_meta_model
 from halfbyte.models.describe import load_config
 from halfbyte.models.load import quantizable_layers
 from halfbyte.models.placement import Placement, make_placements
-from halfbyte.models.run_folder import load_run_quant
+from halfbyte.models.run_folder import load_run_multiple, load_run_quant
 from halfbyte.models.source import ModelSource, resolve_source
 from halfbyte.models.weight_splits import halve_adapter, has_halves
 from halfbyte.models.weights import LazyTensor, iter_weights
@@ -119,7 +120,7 @@ def merge_adapter(
             merger.source,
             merger.model,
             dtype=merger.dtype,
-            changes={"tie_word_embeddings": False} if merger.untied else {},
+            changes=merger.words.config_changes | ({"tie_word_embeddings": False} if merger.untied else {}),
             tokenizer_folder=tokenizer_beside(adapter),
         )
     return merger.report(writer.total_bytes)
@@ -155,6 +156,7 @@ def open_merge(
     model = build_meta_model(config, dtype=torch.float32)
     placements = make_placements(model, [tensor for _, tensor in iter_weights(source)])
     opened = NO_ADAPTER if adapter is None else open_adapter(model, adapter)
+    words = VocabularyRows.of(model, opened, multiple=1 if adapter is None else load_run_multiple(Path(adapter)))
     taken: dict[str, Factors] = {}
     if spec == "run":
         spec = None if adapter is None else load_run_quant(Path(adapter))
@@ -164,16 +166,8 @@ def open_merge(
         if adapter is not None and has_halves(find_adapter_weights(Path(adapter))):
             opened, taken = halve_adapter(opened)
     merger = Merger(source, model, placements, opened, onto=onto, spec=spec, layers=layers, dtype=dtype)
-    merger.keeps_vectors, merger.taken = keeps_vectors, taken
+    merger.keeps_vectors, merger.words, merger.taken = keeps_vectors, words, taken
     return merger
-
-
-def tokenizer_beside(adapter: str | Path | None) -> Path | None:
-    """Return the folder of an adapter if a tokenizer lies there, which is then used in place of the base's."""
-    if adapter is None:
-        return None
-    folder = find_adapter_weights(Path(adapter)).parent
-    return folder if (folder / "tokenizer_config.json").exists() else None
 
 
 class Merger:
@@ -186,6 +180,7 @@ class Merger:
         dtype: Of merged weights.
         untied: Whether parameters that were one tensor become two.
         keeps_vectors: Leave tensors of one dimension in the dtype they have.
+        words: Rows of embedding and head that the adapter holds.
         taken: What is taken out of weights before they are quantised, see `weight_splits`.
     """
 
@@ -206,6 +201,7 @@ class Merger:
         self.model = model
         self.placements = placements
         self.keeps_vectors = False
+        self.words = VocabularyRows(size=None, rows={})
         self.taken: dict[str, Factors] = {}
         self._onto = onto
         self._adapter = adapter
@@ -255,7 +251,9 @@ class Merger:
         name, path = stored_name(placement), placement.target.removesuffix(".weight")
         self._written.add(placement.target)
         if placement.target in self._saved:
-            writer.add(name, self._cast(self._saved[placement.target], name))
+            writer.add(name, self._cast(self.words.resize(placement.target, self._saved[placement.target]), name))
+        elif self.words.touches(placement.target):
+            self._write_words(name, placement.target, placement, writer)
         elif placement.is_quantized or path in self._layers or path in self._adapter.tensors.lora_A:
             self._write_layer(name, path, self._base_of(placement, path), writer)
         else:
@@ -271,7 +269,9 @@ class Merger:
             partner = tied.get(name) or next(target for target, source in tied.items() if source == name)
             path = name.removesuffix(".weight")
             if name in self._saved:
-                writer.add(name, self._cast(self._saved[name], name))
+                writer.add(name, self._cast(self.words.resize(name, self._saved[name]), name))
+            elif self.words.touches(name):
+                self._write_words(name, name, by_target[partner], writer)
             elif path in self._adapter.tensors.lora_A:
                 self._write_layer(name, path, self._base_of(by_target[partner], path), writer)
             else:
@@ -287,6 +287,7 @@ class Merger:
         elif onto == "dequantized" and self._spec is None:
             onto = "original"
             notes.append("the base was not quantised in training: its own weights are what the adapter saw")
+        notes += self.words.notes
         if self.untied:
             notes.append("embedding and head were one tensor; one was trained whole, so they are two now")
         return MergeReport(
@@ -315,6 +316,17 @@ class Merger:
         if path in self.taken:
             return quantize_rest(weight, self.taken[path], self._adapter.scaling(path), spec)
         return weight if spec is None else quantize_4bit(weight, spec)
+
+    def _write_words(self, name: str, target: str, placement: Placement, writer: TensorWriter) -> None:
+        """Write embedding or head with the rows that the adapter has for it."""
+        tensor = placement.tensors[0]
+        dtype = self._kept_dtype(tensor)
+        writer.add(name, self._cast(self.words.put(target, tensor.read()), name, dtype))
+
+    def _kept_dtype(self, tensor: LazyTensor) -> torch.dtype:
+        """Return the dtype of a tensor that is only copied."""
+        is_16bit_result = self._asked_dtype is None and tensor.storage_dtype == tensor.dtype
+        return tensor.dtype if is_16bit_result or not tensor.dtype.is_floating_point else self.dtype
 
     def _write_layer(self, name: str, path: str, base: torch.Tensor | QuantizedTensor, writer: TensorWriter) -> None:
         num_rows, width = base.shape
@@ -360,10 +372,7 @@ class Merger:
 
     def _copy(self, tensor: LazyTensor, writer: TensorWriter) -> None:
         self._written.add(tensor.name)
-        is_16bit_result = self._asked_dtype is None and tensor.storage_dtype == tensor.dtype
-        is_kept = is_16bit_result or not tensor.dtype.is_floating_point
-        dtype = tensor.dtype if is_kept else self.dtype
-        value = tensor.read()
+        dtype, value = self._kept_dtype(tensor), tensor.read()
         if dtype == tensor.dtype:
             writer.add(tensor.name, value)
         elif value.dim() == 2:
@@ -372,11 +381,11 @@ class Merger:
         else:
             writer.add(tensor.name, self._cast(value, tensor.name))
 
-    def _cast(self, value: torch.Tensor, name: str) -> torch.Tensor:
+    def _cast(self, value: torch.Tensor, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         if self.keeps_vectors and value.dim() == 1:
             return value
         self._check_range(value, name)
-        return value.to(self.dtype)
+        return value.to(dtype or self.dtype)
 
     def _check_range(self, value: torch.Tensor, name: str) -> None:
         if self.dtype == torch.float16 and value.numel():

@@ -18,7 +18,10 @@ from halfbyte.export.folder import new_folder
 from halfbyte.export.in_place import merge_in_place
 from halfbyte.export.shards import ShardWriter
 from halfbyte.models import PreTrainedModel, load_adapter, load_model, resolve_source
+from halfbyte.models.describe import load_config
+from halfbyte.models.run_folder import load_run_multiple
 from halfbyte.models.source import ModelSource
+from halfbyte.models.vocabulary import padded_vocabulary, resize_vocabulary_
 from halfbyte.models.weight_splits import stored_splits
 from halfbyte.nn import Linear4bit
 from halfbyte.quant import QuantSpec
@@ -65,6 +68,11 @@ def export_calibrated(
         quantize_calibrated_(model, batches_BT, spec, scale_share=share, on_progress=on_progress)
         report = _write(model, folder, spec, half_dtype)
         changes = {"quantization_config": config_entry(spec, half_dtype)}
+        # What an adapter has changed: a larger vocabulary, a head that is the embedding no more.
+        before = load_config(source)
+        for name in ("vocab_size", "tie_word_embeddings"):
+            if getattr(model.config, name) != getattr(before, name):
+                changes[name] = getattr(model.config, name)
         write_description(folder, source, model, dtype=half_dtype, changes=changes, tokenizer_folder=tokenizer_folder)
     return report
 
@@ -85,6 +93,9 @@ def _load_merged(
     if adapter is not None:
         load_adapter(loaded.model, adapter, splits=loaded.splits)
     model = merge_in_place(loaded.model, dtype=computing)
+    words, base_words = model.config.vocab_size, load_config(source).vocab_size
+    if adapter is not None and words > base_words:
+        resize_vocabulary_(model, padded_vocabulary(words, base_words, load_run_multiple(adapter)))
     return model.eval(), computing if computing.itemsize == 2 else torch.bfloat16
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from typing import Any
 
@@ -13,6 +14,8 @@ from halfbyte.device import default_compute_dtype, default_device
 from halfbyte.errors import ConfigError
 from halfbyte.hf.said import refuse_unknown, refuse_unless_default, say
 from halfbyte.models import load_config, load_model, resolve_source
+from halfbyte.models.vocabulary import resize_vocabulary_
+from halfbyte.nn.attach import ADAPTER_MODULES
 from halfbyte.quant import QuantSpec
 
 _HARMLESS = {"low_cpu_mem_usage", "local_files_only", "trust_remote_code"}
@@ -119,7 +122,37 @@ class AutoModelForCausalLM:
             loaded.model.config.use_cache = kwargs["use_cache"]
         if quantization is not None and quantization.load_in_4bit:
             say(str(loaded.report).splitlines()[0])
+        # transformers' own would put a plain embedding in the place of one that widens as it goes.
+        model: Any = loaded.model
+        model.resize_token_embeddings = functools.partial(resize_token_embeddings, loaded.model)
         return loaded.model
+
+
+def resize_token_embeddings(
+    model: PreTrainedModel,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    mean_resizing: bool = True,
+) -> torch.nn.Module:
+    """Give embedding and head of a model of ours another number of rows, new ones the mean of those that are there.
+
+    Args:
+        model: Without adapters.
+        new_num_tokens: Rows from now on; as many as there are unless given.
+        pad_to_multiple_of: Rounded up to a multiple of this.
+        mean_resizing: New rows are the mean either way, without transformers' noise.
+
+    Raises:
+        ConfigError: The model has adapters already.
+    """
+    if any(isinstance(module, ADAPTER_MODULES) for module in model.modules()):
+        raise ConfigError("resize_token_embeddings: the model has adapters already; resize it before")
+    embedding: Any = model.get_input_embeddings()
+    size, multiple = new_num_tokens or embedding.num_embeddings, pad_to_multiple_of or 1
+    if not mean_resizing:
+        say("new rows are the mean of the others, whatever mean_resizing says")
+    resize_vocabulary_(model, -(-size // multiple) * multiple)
+    return model.get_input_embeddings()
 
 
 def prepare_model_for_kbit_training(

@@ -24,14 +24,14 @@ from transformers import PreTrainedModel
 
 from halfbyte.errors import ConfigError
 from halfbyte.hf.said import say
-from halfbyte.nn import iter_lora, iter_trainable
+from halfbyte.nn import active_adapter, delete_adapter, iter_lora, iter_trainable, set_adapter
+from halfbyte.nn.vocabulary import iter_token_rows
 from halfbyte.train.checkpoint import restore_adapter_
 
 OWN, REFERENCE = "default", "ref"
-# What PEFT's class does beside that. One adapter is all there is here, so these have no meaning.
+# What PEFT's class does beside that.
 REFUSED = (
     "create_or_update_model_card",
-    "delete_adapter",
     "get_layer_status",
     "get_model_status",
     "get_prompt",
@@ -51,18 +51,26 @@ class AdaptedModel(nn.Module):
         ours: Any = cls
         return super().__new__(_with_peft(ours))
 
-    def __init__(self, base_model: nn.Module, config: Any) -> None:
+    def __init__(self, base_model: nn.Module, config: Any, adapter_name: str = OWN) -> None:
         # Not that of PEFT's class, which would put PEFT's layers into the model.
         nn.Module.__init__(self)
         self.base_model = base_model
-        self.active_adapter = OWN
-        self._configs = {OWN: config}
+        self.active_adapter = adapter_name
+        self._configs = {adapter_name: config}
         self._reference: dict[str, torch.Tensor] = {}
+        self._copied: str | None = None
+        """The adapter that the reference is a copy of."""
+        self._shows_copy = False
 
     @property
     def peft_config(self) -> dict[str, Any]:
         """The adapters' options by name."""
         return self._configs
+
+    @property
+    def own_adapters(self) -> list[str]:
+        """Names of the adapters, without the copy that is a reference."""
+        return [name for name in self._configs if name != REFERENCE or self._copied is None]
 
     @property
     def active_adapters(self) -> list[str]:
@@ -82,7 +90,7 @@ class AdaptedModel(nn.Module):
 
     @property
     def modules_to_save(self) -> set[str]:
-        return set(self._configs[OWN].modules_to_save or ())
+        return set(self.active_peft_config.modules_to_save or ())
 
     def get_base_model(self) -> PreTrainedModel:
         """Return the transformers model, whose layers hold the adapters."""
@@ -97,20 +105,23 @@ class AdaptedModel(nn.Module):
             ConfigError: Another name, or one that is there already.
         """
         if adapter_name != REFERENCE:
-            raise ConfigError(f"add_adapter: a model has one adapter here; {REFERENCE!r}, a copy of it, is all to add")
+            raise ConfigError(
+                f"add_adapter: only {REFERENCE!r}, a copy of the adapter in use, can be added; others are loaded"
+            )
         if adapter_name in self._configs:
             raise ConfigError(f"add_adapter: there is an adapter {adapter_name!r} already")
         model = self.get_base_model()
-        is_fresh = not self.modules_to_save and not any(bool(layer.lora_B.any()) for _, layer in iter_lora(model))
-        if is_fresh:
+        is_plain = not self.modules_to_save and next(iter_token_rows(model), None) is None
+        if is_plain and not any(bool(layer.lora_B.any()) for _, layer in iter_lora(model)):
             say("the reference is the base: the model with its adapter switched off")
             return
         self._reference = {name: parameter.detach().clone() for name, parameter in iter_trainable(model)}
-        self._configs[REFERENCE] = self._configs[OWN]
+        self._configs[REFERENCE] = self.active_peft_config
+        self._copied = self.active_adapter
         say("the reference is the adapter as it is now, of which a copy is kept")
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Use the adapter itself ("default") or the copy of it ("ref").
+        """Use another adapter, or the copy of one ("ref").
 
         Raises:
             ConfigError: There is no adapter of this name.
@@ -119,20 +130,39 @@ class AdaptedModel(nn.Module):
             raise ConfigError(f"set_adapter: there is no adapter {adapter_name!r}, only {', '.join(self._configs)}")
         if adapter_name == self.active_adapter:
             return
+        if self._shows_copy:
+            self._swap_copy()
+        is_copy = adapter_name == REFERENCE and self._copied is not None
+        set_adapter(self.get_base_model(), self._copied if is_copy else adapter_name)
+        if is_copy:
+            self._swap_copy()
+        self.active_adapter = adapter_name
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter; where it was in use, the first of the others is from then on.
+
+        Raises:
+            ConfigError: There is no adapter of this name, or it is one that the reference is a copy of, or that copy.
+        """
+        if self._copied is not None and adapter_name in (REFERENCE, self._copied):
+            raise ConfigError(f"delete_adapter: {REFERENCE!r} is a copy of {self._copied!r}; both stay")
+        model = self.get_base_model()
+        delete_adapter(model, adapter_name)
+        del self._configs[adapter_name]
+        self.active_adapter = active_adapter(model) or OWN
+
+    def _swap_copy(self) -> None:
         for name, parameter in iter_trainable(self.get_base_model()):
             # The parameters stay the objects that the optimizer knows; only their values take turns.
             parameter.data, self._reference[name] = self._reference[name], parameter.data
-        self.active_adapter = adapter_name
+        self._shows_copy = not self._shows_copy
 
     def load_adapter(self, model_id: str | os.PathLike[str], adapter_name: str = OWN, **kwargs: Any) -> None:
         """Take the values of a saved adapter of the same layers and ranks, as a resumed run does.
 
         Raises:
-            ConfigError: Another adapter than "default".
             FormatError: The file is damaged, or is an adapter of other layers.
         """
-        if adapter_name != OWN:
-            raise ConfigError(f"load_adapter: a model has one adapter here, {OWN!r}; {adapter_name!r} cannot be loaded")
         restore_adapter_(self.get_base_model(), Path(model_id))
 
     def __getattr__(self, name: str) -> Any:

@@ -17,7 +17,14 @@ from halfbyte.export import merge_in_place
 from halfbyte.hf.peft_class import AdaptedModel
 from halfbyte.hf.said import refuse_unless_default, say
 from halfbyte.models import load_adapter, read_adapter_config, save_adapter, spec_from_adapter_config
-from halfbyte.nn import AdapterReport, LoraSpec, adapters_disabled, attach_adapters
+from halfbyte.nn import (
+    AdapterReport,
+    LoraSpec,
+    adapters_disabled,
+    attach_adapters,
+)
+from halfbyte.nn.attach import report_adapters
+from halfbyte.nn.spec import INPUT_EMBEDDING
 
 _ONLY: dict[str, Any] = {
     "bias": "none",
@@ -26,7 +33,6 @@ _ONLY: dict[str, Any] = {
     "init_lora_weights": True,
     "task_type": "CAUSAL_LM",
     "layer_replication": None,
-    "trainable_token_indices": None,
     "target_parameters": None,
 }
 
@@ -60,7 +66,7 @@ class LoraConfig:
     use_dora: bool = False
     lora_bias: bool = False
     layer_replication: list[tuple[int, int]] | None = None
-    trainable_token_indices: list[int] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     target_parameters: list[str] | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -91,6 +97,7 @@ class LoraConfig:
             layers_to_transform=_tuple(self.layers_to_transform),
             layers_pattern=_tuple(self.layers_pattern),
             modules_to_save=_tuple(self.modules_to_save) or (),
+            trainable_tokens=_tokens(self.trainable_token_indices),
         )
 
     @classmethod
@@ -106,6 +113,7 @@ class LoraConfig:
             modules_to_save=list(spec.modules_to_save) or None,
             rank_pattern=dict(spec.rank_pattern),
             alpha_pattern=dict(spec.alpha_pattern),
+            trainable_token_indices={name: list(ids) for name, ids in spec.trainable_tokens.items()} or None,
             base_model_name_or_path=base_model,
         )
 
@@ -126,13 +134,20 @@ class PeftModel(AdaptedModel):
     trainers than ours take it as they take PEFT's own, see `halfbyte.hf.peft_class`.
     """
 
-    def __init__(self, model: PreTrainedModel, config: LoraConfig, report: AdapterReport) -> None:
-        AdaptedModel.__init__(self, _LoraModel(model), config)
+    def __init__(
+        self, model: PreTrainedModel, config: LoraConfig, report: AdapterReport, adapter_name: str = "default"
+    ) -> None:
+        AdaptedModel.__init__(self, _LoraModel(model), config, adapter_name)
         self.report = report
 
     @classmethod
     def from_pretrained(
-        cls, model: PreTrainedModel, model_id: str | os.PathLike[str], is_trainable: bool = False, **kwargs: Any
+        cls,
+        model: PreTrainedModel,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        **kwargs: Any,
     ) -> PeftModel:
         """Put a saved adapter on `model`.
 
@@ -142,16 +157,49 @@ class PeftModel(AdaptedModel):
                 of the two formats it really holds. Where the file of that name is absent and the other is there, that
                 one is read, and said.
             is_trainable: Whether training goes on.
-            **kwargs: `adapter_name="default"` is accepted.
+            adapter_name: What it is called.
+            **kwargs: None others are understood.
         """
-        refuse_unless_default(
-            "PeftModel.from_pretrained", kwargs, {**dict.fromkeys(kwargs), "adapter_name": "default", "config": None}
-        )
+        refuse_unless_default("PeftModel.from_pretrained", kwargs, {**dict.fromkeys(kwargs), "config": None})
         path = _adapter_file(Path(model_id))
         inner = _inner(model)
-        report = load_adapter(inner, path, trainable=is_trainable)
+        report = load_adapter(inner, path, name=adapter_name, trainable=is_trainable)
         say(f"{report.num_modules} modules got their adapter from {path}")
-        return cls(inner, LoraConfig.from_pretrained(path), report)
+        return cls(inner, LoraConfig.from_pretrained(path), report, adapter_name)
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Put another saved adapter beside those that there are; `set_adapter` uses it.
+
+        Under the name of the adapter in use its values are taken, of the same layers and ranks, as a resumed run does.
+
+        Raises:
+            ConfigError: The name is that of another adapter, or an argument cannot be honoured.
+            FormatError: The file is damaged, or is an adapter of other layers.
+        """
+        if adapter_name == self.active_adapter:
+            super().load_adapter(model_id, adapter_name, **kwargs)
+            return
+        refuse_unless_default("PeftModel.load_adapter", kwargs, dict.fromkeys(kwargs))
+        path = _adapter_file(Path(model_id))
+        report = load_adapter(self.get_base_model(), path, name=adapter_name, trainable=is_trainable)
+        self.peft_config[adapter_name] = LoraConfig.from_pretrained(path)
+        say(f"{report.num_modules} modules got the adapter {adapter_name!r} from {path}")
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Use another of the adapters."""
+        super().set_adapter(adapter_name)
+        self.report = report_adapters(self.get_base_model())
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter; where it was in use, the first of the others is from then on."""
+        super().delete_adapter(adapter_name)
+        self.report = report_adapters(self.get_base_model())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model(*args, **kwargs)
@@ -177,20 +225,23 @@ class PeftModel(AdaptedModel):
             yield
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write adapter_config.json and adapter_model.safetensors.
+        """Write adapter_config.json and adapter_model.safetensors; of adapters with other names in folders below.
 
         Args:
             save_directory: Made where it is missing.
-            **kwargs: PEFT's and transformers' arguments, where they ask for just this. `state_dict` is not needed.
+            **kwargs: PEFT's and transformers' arguments, where they ask for just this. `selected_adapters` names some
+                of several, `state_dict` is not needed.
         """
+        selected = kwargs.pop("selected_adapters", None) or self.own_adapters
         only = {"safe_serialization": True, "is_main_process": True, "save_embedding_layers": "auto"}
         refuse_unless_default("PeftModel.save_pretrained", kwargs, {**dict.fromkeys(kwargs), **only})
-        model, config = self.base_model.model, self.peft_config["default"]
-        base = config.base_model_name_or_path or model.config._name_or_path
-        in_use = self.active_adapter
-        self.set_adapter("default")
+        model, in_use = self.base_model.model, self.active_adapter
         try:
-            save_adapter(model, Path(save_directory), base_model=base, spec=config.spec)
+            for name in selected:
+                self.set_adapter(name)
+                config, folder = self.peft_config[name], Path(save_directory)
+                base = config.base_model_name_or_path or model.config._name_or_path
+                save_adapter(model, folder if name == "default" else folder / name, base_model=base, spec=config.spec)
         finally:
             self.set_adapter(in_use)
 
@@ -285,6 +336,11 @@ def _adapter_file(path: Path) -> Path:
 
 def _names(targets: list[str] | tuple[str, ...] | set[str] | str | None) -> str | tuple[str, ...] | None:
     return targets if targets is None or isinstance(targets, str) else tuple(sorted(targets))
+
+
+def _tokens(indices: list[int] | dict[str, list[int]] | None) -> dict[str, tuple[int, ...]]:
+    by_name = indices if isinstance(indices, dict) else {INPUT_EMBEDDING: indices}
+    return {name: tuple(ids) for name, ids in by_name.items() if ids}
 
 
 def _tuple(value: Any) -> Any:

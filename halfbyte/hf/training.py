@@ -129,7 +129,7 @@ class SFTTrainer(HalfbyteTrainer):
             options=TrainerOptions(
                 row_tokens=self.sft.max_length if self.sft.packing else None,
                 base_model=inner.config._name_or_path,
-                lora=self.peft_model.peft_config["default"].spec,
+                lora=_active_config(self.peft_model).spec,
             ),
         )
         # Scripts save the adapter with trainer.model.save_pretrained; on the bare model that would write 4-bit shards.
@@ -174,13 +174,17 @@ def _with_adapters(model: str | PreTrainedModel | PeftModel, peft_config: Any) -
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(model)
     if isinstance(model, PeftModel):
-        if peft_config is not None and as_lora_config(peft_config).spec != model.peft_config["default"].spec:
+        if peft_config is not None and as_lora_config(peft_config).spec != _active_config(model).spec:
             raise ConfigError("SFTTrainer: the model has other adapters than peft_config says; leave peft_config out")
         return model
     if peft_config is None:
         raise ConfigError("SFTTrainer: give peft_config=LoraConfig(...), or a model from get_peft_model")
     config: LoraConfig = as_lora_config(peft_config)
     return get_peft_model(model, config)
+
+
+def _active_config(model: PeftModel) -> LoraConfig:
+    return model.peft_config[model.active_adapter]
 
 
 class _ExampleBuilder:

@@ -28,6 +28,7 @@ SLAB_ALIGNMENT = 256
 RANK_MULTIPLE = 16
 STATE_BLOCK = 256
 MIN_8BIT_NUMEL = 4096
+SMALL_STATE_BYTES = 8
 GPU_CHUNK_BYTES, CPU_CHUNK_BYTES, MIN_CHUNK_TOKENS = 2**27, 2**25, 128
 GROUPS = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
@@ -184,7 +185,30 @@ class LedgerMaker:
                 "paged" if pages else "",
             ),
             Entry("copies of adapters in the compute dtype", copies * shape.layers * run.compute_bytes),
+            *self._trained_words(pages),
         ]
+
+    def _trained_words(self, pages: bool) -> list[Entry]:
+        """Return what is trained of embedding and head: values and gradients in fp32, and the optimizer's state."""
+        shape, run = self.shape, self.run
+        entries = []
+        if run.token_rows and len(run.trained_whole) < 2:
+            matrices = 1 if shape.ties_embedding else 2 - len(run.trained_whole)
+            numbers = run.token_rows * shape.width * matrices
+            entries.append(Entry("rows of added tokens, in training", numbers * (8 + SMALL_STATE_BYTES)))
+        if run.trained_whole:
+            numbers = shape.embedding_weights * len(run.trained_whole)
+            state = numbers * (SMALL_STATE_BYTES if run.state_bits == 32 else 2)
+            # The loss sums the head's gradient in fp32, and casts the weight for its products.
+            passing = shape.embedding_weights * (8 + run.compute_bytes) * ("lm_head" in run.trained_whole)
+            entries.append(
+                Entry(
+                    f"{' and '.join(run.trained_whole)} trained whole",
+                    8 * numbers + passing + (0 if pages else state),
+                    state if pages else 0,
+                )
+            )
+        return entries
 
     def _list_buffers(self, tokens: int) -> list[Entry]:
         """Return the reused buffers: one weight of a kind, a group's input and gradient."""

@@ -227,7 +227,7 @@ class Search:
         return [0, *(count for count in points[::2] if count > 2)] if self.card.is_gpu and self.run.in_4bit else [0]
 
     def _embedding_places(self) -> list[bool]:
-        if self.shape.ties_embedding or not self.card.is_gpu:
+        if self.shape.ties_embedding or not self.card.is_gpu or "embed_tokens" in self.run.trained_whole:
             return [False]
         return [False, True] if self.pins.embedding_on_host is None else [self.pins.embedding_on_host]
 

@@ -16,6 +16,8 @@ from halfbyte.memory.plan import MemoryPlan, Pins
 from halfbyte.memory.run_shape import RunShape
 
 ALL_LINEAR = "all-linear"
+WORD_MODULES = ("embed_tokens", "lm_head")
+TEMPLATE_TOKENS = 8
 STATE_32_BITS = ("paged_adamw_32bit", "adamw_torch", "adamw_torch_fused")
 
 
@@ -38,8 +40,9 @@ def run_shape_of(
         PlanError: It asks for what no plan knows the size of.
     """
     train, lora = config.train, config.lora
-    if lora.modules_to_save:
-        raise PlanError("modules that are trained whole (lora.modules_to_save) are not planned for")
+    unknown = [name for name in lora.modules_to_save if name not in WORD_MODULES]
+    if unknown:
+        raise PlanError(f"modules trained whole (lora.modules_to_save) are not planned for: {', '.join(unknown)}")
     if lora.adapter is not None:
         raise PlanError("the size of an adapter to continue from (lora.adapter) is not planned for")
     return RunShape(
@@ -59,6 +62,8 @@ def run_shape_of(
         fp8=train.fp8,
         fused=train.fused and is_fusable and not lora.dora,
         expandable_segments=expandable_segments,
+        token_rows=_token_rows_of(config),
+        trained_whole=lora.modules_to_save,
         may_spill=config.memory.spill_folder is not None,
     )
 
@@ -101,6 +106,12 @@ def planned_config(config: RunConfig, plan: MemoryPlan) -> RunConfig:
 def has_expandable_segments() -> bool:
     """Say whether torch's allocator was told that it may grow its segments."""
     return any(EXPANDABLE_SEGMENTS in os.environ.get(name, "") for name in ALLOCATOR_VARIABLES)
+
+
+def _token_rows_of(config: RunConfig) -> int:
+    """Return the tokens whose rows are trained: of a template's markers a handful, before the tokenizer is read."""
+    added = config.model.added_tokens
+    return len(config.lora.trainable_token_indices) + (TEMPLATE_TOKENS if isinstance(added, str) else len(added))
 
 
 def _targets_of(targets: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -51,6 +51,10 @@ class RunShape:
     """Whether fused blocks compute the layers; if not, figures are rougher."""
     expandable_segments: bool = True
     """Whether torch's allocator on a GPU may grow its segments."""
+    token_rows: int = 0
+    """Tokens whose rows of embedding and head are trained."""
+    trained_whole: tuple[str, ...] = ()
+    """Of embed_tokens and lm_head, those that are trained whole."""
     may_spill: bool = False
     """Whether weights of blocks may lie in files, for want of host memory."""
 

@@ -18,9 +18,11 @@ from typing import Any
 from torch import nn
 
 from halfbyte.errors import FormatError
+from halfbyte.models.adapter_tokens import listed_tokens
 from halfbyte.models.source import load_json
 from halfbyte.nn import Linear4bit, LoraSpec
-from halfbyte.nn.spec import ALL_LINEAR
+from halfbyte.nn.spec import ALL_LINEAR, INPUT_EMBEDDING
+from halfbyte.nn.vocabulary import iter_token_rows
 
 CONFIG_FILE = "adapter_config.json"
 # Fields that change what an adapter computes, with the values under which they do not.
@@ -31,7 +33,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False, None),
     "use_bdlora": (None, False),
     "layer_replication": (None, []),
-    "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
@@ -89,6 +90,7 @@ def spec_from_adapter_config(values: Mapping[str, Any]) -> LoraSpec:
             layers_to_transform=_layers(values.get("layers_to_transform")),
             layers_pattern=_names(values.get("layers_pattern")) or None,
             modules_to_save=tuple(values.get("modules_to_save") or ()),
+            trainable_tokens=_tokens(values.get("trainable_token_indices")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{CONFIG_FILE} lacks a field, or one has an impossible value: {error!r}") from error
@@ -109,7 +111,10 @@ def make_adapter_config(
     paths = sorted(adapted)
     names = _targets(spec, paths, model)
     by_path = names == paths
-    return {
+    rows = [(path, wrapper.table.token_ids) for path, wrapper in iter_token_rows(model)]
+    # Unknown to a PEFT before 0.15, which is therefore not to see it without need.
+    tokens = {"trainable_token_indices": listed_tokens(model, rows)} if rows else {}
+    return tokens | {
         "alpha_pattern": {key: _whole(value) for key, value in spec.alpha_pattern.items()},
         "auto_mapping": None,
         "base_model_name_or_path": base_model,
@@ -158,6 +163,13 @@ def _names(value: Any) -> str | tuple[str, ...]:
     if value is None:
         return ()
     return value if isinstance(value, str) else tuple(sorted(value))
+
+
+def _tokens(value: Any) -> dict[str, tuple[int, ...]]:
+    if not value:
+        return {}
+    by_name = value if isinstance(value, dict) else {INPUT_EMBEDDING: value}
+    return {name: tuple(int(number) for number in ids) for name, ids in by_name.items()}
 
 
 def _layers(value: Any) -> tuple[int, ...] | None:

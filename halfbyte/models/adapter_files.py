@@ -6,6 +6,7 @@
         base_model.model.<path>.lora_B.weight     (out, rank)
         base_model.model.<path>.lora_magnitude_vector   (out,), with DoRA
         base_model.model.<path>.<parameter>       of a module trained whole
+        base_model.model.<path>.token_adapter...  rows of single tokens, see `adapter_tokens`
 
 Loading is strict. Every tensor must belong to a layer of the model, every layer that the configuration means must have
 its tensors, shapes must fit, and an adapter that changes nothing is an error: each of these, passed over in
@@ -48,10 +49,20 @@ from halfbyte.models.adapter_tensors import (
     check_shapes,
     read_adapter_tensors,
 )
+from halfbyte.models.adapter_tokens import KnownRows, copy_rows_, rows_key, settle_tokens
 from halfbyte.nn import AdapterReport, LoraSpec, attach_adapters, iter_lora
+from halfbyte.nn.adapter_shelf import (
+    DEFAULT_NAME,
+    active_adapter,
+    adapter_names,
+    name_adapter,
+    set_adapter,
+    take_off_adapter,
+)
 from halfbyte.nn.attach import iter_saved, report_adapters
 from halfbyte.nn.split import Split
 from halfbyte.nn.targets import find_saved, find_targets
+from halfbyte.nn.vocabulary import iter_token_rows
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
@@ -64,6 +75,8 @@ class Adapter:
     spec: LoraSpec
     tensors: AdapterTensors
     alphas: dict[str, float]
+    rows: dict[str, KnownRows] = dataclasses.field(default_factory=dict)
+    """Trained rows of single tokens, by the path of embedding or head."""
 
     def scaling(self, path: str) -> float:
         """Return what the product of lora_B and lora_A of one layer is multiplied by."""
@@ -131,16 +144,25 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     for path, module in iter_saved(model):
         for name, parameter in module.trained.named_parameters():
             tensors[f"{PREFIX}{path}.{name}"] = parameter
+    for path, wrapper in iter_token_rows(model):
+        tensors[f"{PREFIX}{rows_key(path)}"] = wrapper.table.rows
     return {key: t.detach().to("cpu", torch.float32).contiguous() for key, t in sorted(tensors.items())}
 
 
 def load_adapter(
-    model: PreTrainedModel, path: Path | str, *, trainable: bool = False, splits: Mapping[str, Split] | None = None
+    model: PreTrainedModel,
+    path: Path | str,
+    *,
+    name: str = DEFAULT_NAME,
+    trainable: bool = False,
+    splits: Mapping[str, Split] | None = None,
 ) -> AdapterReport:
     """Put a saved adapter on a model.
 
     Args:
-        model: The base, without adapters.
+        model: The base. Where it has adapters already, the new one is put beside them, and the one in use stays in
+            use until `set_adapter`.
+        name: What the adapter is called from then on.
         path: The adapter's folder, or its weights file; a pickle is read only where the file itself is named.
         trainable: Whether training goes on; otherwise everything is frozen.
         splits: Where what the adapter has begun from was taken out of the model's weights as they were loaded (see
@@ -151,22 +173,38 @@ def load_adapter(
 
     Raises:
         FormatError: The adapter is damaged, is for another model, or would have no effect.
-        ConfigError: The model has adapters already.
+        ConfigError: The model has an adapter of that name already.
     """
-    if next(iter_lora(model), None) or next(iter_saved(model), None):
-        raise ConfigError("the model has adapters already; load the base model anew to put others on it")
-    adapter = open_adapter(model, path)
-    if splits:
-        attach_adapters(model, adapter.spec.with_ranks_times(0.5), splits)
-        _copy_saved(model, adapter)
-    else:
-        attach_adapters(model, adapter.spec)
-        _copy_into(model, adapter)
+    if name in adapter_names(model):
+        raise ConfigError(f"the model has adapters already, one of them named {name!r}; give another name")
+    in_use, training = active_adapter(model), model.training
+    take_off_adapter(model)
+    try:
+        adapter = open_adapter(model, path)
+        if splits:
+            attach_adapters(model, adapter.spec.with_ranks_times(0.5), splits)
+            _copy_saved(model, adapter)
+        else:
+            attach_adapters(model, adapter.spec)
+            _copy_into(model, adapter)
+        name_adapter(model, name, adapter.spec)
+        report = _settle_adapter(model, trainable=trainable)
+    finally:
+        if in_use is not None:
+            set_adapter(model, in_use)
+            model.train(training)
+    return report
+
+
+def _settle_adapter(model: PreTrainedModel, *, trainable: bool) -> AdapterReport:
+    """Make the adapter in use one to train or one to use, and say what it is."""
     for _, layer in iter_lora(model):
         for parameter in layer.adapter().values():
             parameter.requires_grad_(trainable)
     for _, module in iter_saved(model):
         module.trained.requires_grad_(trainable)
+    for _, wrapper in iter_token_rows(model):
+        wrapper.table.rows.requires_grad_(trainable)
     if not trainable:
         model.eval()
     return report_adapters(model)
@@ -181,11 +219,12 @@ def open_adapter(model: nn.Module, path: Path | str) -> Adapter:
     weights_file = find_adapter_weights(Path(path))
     spec = spec_from_adapter_config(read_adapter_config(weights_file))
     tensors = read_adapter_tensors(model, weights_file)
+    spec, rows = settle_tokens(model, spec, tensors.tokens, tensors.saved, weights_file)
     check_shapes(model, tensors, weights_file)
     check_effect(tensors, weights_file)
     known = _known_part(model, spec, tensors, weights_file)
     alphas = {target.path: target.alpha for target in find_targets(model, known)} if tensors.lora_A else {}
-    return Adapter(spec=known, tensors=tensors, alphas=alphas)
+    return Adapter(spec=known, tensors=tensors, alphas=alphas, rows=rows)
 
 
 def find_adapter_weights(path: Path) -> Path:
@@ -267,6 +306,7 @@ def _copy_saved(model: nn.Module, adapter: Adapter) -> None:
     for path, module in iter_saved(model):
         for name, parameter in module.trained.named_parameters():
             parameter.copy_(adapter.tensors.saved[path][name])
+    copy_rows_(model, adapter.rows)
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from halfbyte.errors import FormatError
+from halfbyte.models.adapter_tokens import ROWS, TOKENS_KEY, WHOLE, TokenTensors
 from halfbyte.models.pickle_file import load_pickle
 from halfbyte.models.safetensors_file import load_header
-from halfbyte.nn import Linear4bit, LoraLinear, SavedModule
+from halfbyte.nn import Linear4bit, LoraLinear
+from halfbyte.nn.vocabulary import find_vocabulary
 
 PREFIX = "base_model.model."
 # Metadata of a file whose ranks are two halves: what was trained, and less what it has begun from.
@@ -23,6 +25,7 @@ SHOWN_NAMES = 3
 _LORA_KEY = re.compile(r"(?P<path>.+)\.(?P<name>lora_[AB])(\.[^.]+)?\.weight")
 _MAGNITUDE_KEY = re.compile(r"(?P<path>.+)\.(?P<name>lora_magnitude_vector)(\.[^.]+)?(\.weight)?")
 _SAVED_KEY = re.compile(r"(?P<path>.+)\.modules_to_save\.[^.]+\.(?P<name>[^.]+)")
+_ALONG_KEY = re.compile(r"^(.+)\.(?:original_module|modules_to_save)\.(?=[^.]+$)")
 _UNSUPPORTED_KEYS = {
     "lora_embedding_": "adapters of embeddings",
     "lora_B.bias": "biases of adapters",
@@ -39,6 +42,7 @@ class AdapterTensors:
     """Of DoRA; empty otherwise."""
     saved: dict[str, dict[str, torch.Tensor]]
     """Parameters of modules trained whole, by path and name."""
+    tokens: TokenTensors = dataclasses.field(default_factory=TokenTensors)
 
 
 def adapter_key(path: str, name: str) -> str:
@@ -70,6 +74,7 @@ def read_adapter_tensors(model: nn.Module, weights_file: Path) -> AdapterTensors
         FormatError: The file is damaged, a tensor is of an unknown kind, or belongs to no layer of the model.
     """
     raw = _read_tensors(weights_file)
+    raw = {key: tensor for key, tensor in raw.items() if not _is_written_twice(key, raw)}
     if not raw:
         raise FormatError(f"{weights_file} holds no tensors")
     for key in raw:
@@ -83,6 +88,9 @@ def read_adapter_tensors(model: nn.Module, weights_file: Path) -> AdapterTensors
     for key, tensor in raw.items():
         written, name = parts[key]
         path = paths[written]
+        if name in (ROWS, WHOLE):
+            {ROWS: found.tokens.rows, WHOLE: found.tokens.whole}[name][path] = tensor
+            continue
         group, entry = (matrices[name], path) if name in matrices else (found.saved.setdefault(path, {}), name)
         if entry in group:
             raise FormatError(f"{weights_file} holds more than one adapter: two times {name} of {path}")
@@ -100,9 +108,16 @@ def _read_tensors(weights_file: Path) -> dict[str, torch.Tensor]:
     return load_pickle(weights_file)
 
 
+def _is_written_twice(key: str, keys: Iterable[str]) -> bool:
+    """Say whether PEFT wrote a tensor only because the vocabulary was made larger: base, or copy of another."""
+    plain = _ALONG_KEY.sub(r"\1.", key)
+    return plain != key and plain in keys
+
+
 def _split_key(key: str) -> tuple[str, str]:
     """Return the path of the layer, and PEFT's name of an adapter's tensor or that of a parameter trained whole."""
-    match = _LORA_KEY.fullmatch(key) or _MAGNITUDE_KEY.fullmatch(key) or _SAVED_KEY.fullmatch(key)
+    patterns = (_LORA_KEY, _MAGNITUDE_KEY, TOKENS_KEY, _SAVED_KEY)
+    match = next((found for pattern in patterns if (found := pattern.fullmatch(key))), None)
     if match:
         return match["path"], match["name"]
     path, _, parameter = key.rpartition(".")
@@ -148,17 +163,20 @@ def check_shapes(model: nn.Module, tensors: AdapterTensors, weights_file: Path) 
         if magnitude is not None and magnitude.shape != (layer.out_features,):
             wrong.append(f"{path} (lora_magnitude_vector {list(magnitude.shape)} for {layer.out_features} outputs)")
     for path, parameters in tensors.saved.items():
-        wrong += _wrong_parameters(model.get_submodule(path), path, parameters)
+        wrong += _wrong_parameters(model, path, parameters)
     if wrong:
         raise FormatError(f"{weights_file} is for another model: {'; '.join(wrong[:SHOWN_NAMES])}")
 
 
-def _wrong_parameters(module: nn.Module, path: str, parameters: Mapping[str, torch.Tensor]) -> list[str]:
-    if isinstance(module, SavedModule):
-        module = module.original
+def _wrong_parameters(model: nn.Module, path: str, parameters: Mapping[str, torch.Tensor]) -> list[str]:
+    module = model.get_submodule(path)
     expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     if isinstance(module, Linear4bit):
         expected["weight"] = (module.out_features, module.in_features)
+    words = find_vocabulary(model)
+    if words is not None and path in words.paths and "weight" in parameters:
+        # Embedding and head may have become larger, by the rows of new tokens.
+        expected["weight"] = (max(words.size, parameters["weight"].shape[0]), *expected["weight"][1:])
     wrong = [
         f"{path}.{name} {list(tensor.shape)} for {list(expected.get(name, ()))}"
         for name, tensor in parameters.items()
@@ -172,5 +190,5 @@ def check_effect(tensors: AdapterTensors, weights_file: Path) -> None:
         if not torch.isfinite(matrix).all():
             raise FormatError(f"{weights_file} is damaged: the adapter of {path} holds values that are not finite")
     has_update = any(bool(tensors.lora_B[path].any()) and bool(lora_A.any()) for path, lora_A in tensors.lora_A.items())
-    if not has_update and not tensors.saved:
+    if not has_update and not tensors.saved and not tensors.tokens.rows:
         raise FormatError(f"{weights_file} would have no effect: all its lora_B are zero, as before any training")

@@ -31,6 +31,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from halfbyte.models.decoder_state import token_dtype, weight_state
 from halfbyte.models.fused_layers import has_fixed_angles, iter_decoder_layers, why_not_fused
 from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.static_decoder import (
@@ -38,12 +39,11 @@ from halfbyte.models.static_decoder import (
     Choose,
     head_norms_of,
     projections_of,
-    token_dtype,
-    weight_state,
     window_of,
 )
 from halfbyte.nn.linear import Linear4bit
 from halfbyte.nn.lora import LoraLinear
+from halfbyte.nn.token_rows import frozen_original
 from halfbyte.ops.dequantize_4bit import dequantize_4bit
 from halfbyte.ops.workspace import Workspace
 
@@ -246,7 +246,7 @@ def why_not_expanded(model: PreTrainedModel) -> str | None:
         return f"{type(model).__name__} is not among the known models"
     if any(why_not_fused(layer, takes_magnitudes=True) is not None for layer in layers):
         return "its layers are not what fused blocks compute"
-    weight: Any = model.get_input_embeddings().weight
+    weight: Any = frozen_original(model.get_input_embeddings()).weight
     if compute_device_of(model).type != "cpu" or weight.itemsize > 4:
         return "it is not on a CPU, or computes in fp64"
     if model.training or torch.is_autocast_enabled("cpu"):

@@ -22,6 +22,7 @@ from halfbyte.errors import ConfigError
 from halfbyte.models.attention import PACKED_ATTENTION, DocumentLayout
 from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.modes import eval_mode
+from halfbyte.nn.vocabulary import unwrapped
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 PROBE_LENGTHS = (6, 7)
@@ -105,10 +106,11 @@ def read_hidden_states(model: PreTrainedModel, batch: Mapping[str, Any]) -> torc
 @torch.no_grad()
 def _is_unmoved(model: PreTrainedModel, batch: dict[str, torch.Tensor], *, changed: slice, watched: slice) -> bool:
     """Say whether the states of the watched tokens stay as they are when the changed ones become others."""
-    embedding = _embedding_weight(model)
-    ids = torch.arange(1, sum(PROBE_LENGTHS) + 1).remainder(embedding.shape[0])[None]
+    embedding: Any = unwrapped(model.get_input_embeddings())
+    num_words = embedding.weight.shape[0]
+    ids = torch.arange(1, sum(PROBE_LENGTHS) + 1).remainder(num_words)[None]
     other = ids.clone()
-    other[:, changed] = (ids[:, changed] * 7 + 5).remainder(embedding.shape[0])
+    other[:, changed] = (ids[:, changed] * 7 + 5).remainder(num_words)
     states, device = [], compute_device_of(model)
     with eval_mode(model):
         for probe in (ids, other):
@@ -121,15 +123,10 @@ def _is_unmoved(model: PreTrainedModel, batch: dict[str, torch.Tensor], *, chang
 
 def compute_dtype_of(model: PreTrainedModel) -> torch.dtype:
     """Return the dtype of the model's activations: what its embedding gives, which may be wider than what it holds."""
-    embedding = model.get_input_embeddings()
-    dtype = getattr(embedding, "compute_dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else _embedding_weight(model).dtype
-
-
-def _embedding_weight(model: PreTrainedModel) -> torch.Tensor:
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, torch.Tensor)
-    return weight
+    # Not what is trained in its place, which is fp32 whatever the model computes in.
+    embedding: Any = unwrapped(model.get_input_embeddings())
+    dtype: torch.dtype = getattr(embedding, "compute_dtype", None) or embedding.weight.dtype
+    return dtype
 
 
 def _build_masks(

@@ -78,6 +78,15 @@ def load_run_quant(path: Path) -> QuantSpec | None:
     return QuantSpec(codebook=quant.codebook, block_size=quant.block_size, double_quant=quant.double_quant)
 
 
+def load_run_multiple(path: Path) -> int:
+    """Return what the vocabulary of a run becomes a multiple of where its matrices are written; 1 where none says.
+
+    Args:
+        path: As for `load_run_quant`.
+    """
+    return make_section("model", {"model.path": ""} | _run_values(path)).pad_vocabulary_to
+
+
 def _run_dtype(values: dict[str, Any], dtype: str) -> str:
     """Return the run's compute dtype: train.bf16 and train.fp16 are model.dtype by their usual names."""
     train = make_section("train", values)

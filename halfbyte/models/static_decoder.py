@@ -37,13 +37,14 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from halfbyte.models.decoder_state import token_dtype, weight_state
 from halfbyte.models.fused_layers import FusedLayer, has_fixed_angles, iter_decoder_layers, why_not_fused
 from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.streaming import is_streamed
 from halfbyte.nn.decode_group import DecodeGroup, kernel_fits, multiply_group
 from halfbyte.nn.linear import Linear4bit
 from halfbyte.nn.lora import LoraLinear
-from halfbyte.nn.saved_module import SavedModule
+from halfbyte.nn.token_rows import frozen_original
 from halfbyte.ops.decode_attention import Angles, HeadNorms, HeadOptions, decode_attention
 from halfbyte.ops.decode_inner import gated_inner, normed_inner, plain_inner
 from halfbyte.ops.matvec_4bit import DTYPES, MAX_TOKENS
@@ -81,7 +82,7 @@ def why_not_static(model: PreTrainedModel, num_prompts: int) -> str | None:
         return f"{type(model).__name__} is not among the known models"
     if not all(isinstance(layer, FusedLayer) and why_not_fused(layer) is None for layer in layers):
         return "its layers are not fused"
-    embedding: Any = model.get_input_embeddings()
+    embedding: Any = frozen_original(model.get_input_embeddings())
     device, dtype = compute_device_of(model), token_dtype(embedding)
     if model.training or torch.is_autocast_enabled(device.type) or dtype not in DTYPES:
         return "it is in train mode or under autocast, or computes in an unusual dtype"
@@ -109,32 +110,9 @@ def cache_nbytes(model: PreTrainedModel, num_prompts: int, num_tokens: int) -> i
     return 2 * width * num_prompts * round_capacity(num_tokens) * token_dtype(decoder.embed_tokens).itemsize
 
 
-def token_dtype(embedding: Any) -> torch.dtype:
-    """Return the dtype of what an embedding returns, which need not be that of its weight."""
-    original = embedding.original if isinstance(embedding, SavedModule) else embedding
-    widened: torch.dtype | None = getattr(original, "compute_dtype", None)
-    own: Any = original.weight.dtype
-    dtype: torch.dtype = widened or own
-    return dtype
-
-
 def round_capacity(num_tokens: int) -> int:
     """Return how many places a cache has for so many tokens: a little more, so that the next prompt may fit as well."""
     return -(-num_tokens // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
-
-
-def weight_state(model: PreTrainedModel) -> tuple[Any, ...]:
-    """Return what changes whenever what a decoder has prepared is out of date."""
-    embedding: Any = model.get_input_embeddings()
-    adapted = [m for m in model.modules() if isinstance(m, LoraLinear)]
-    return (
-        embedding.weight.data_ptr(),
-        *((m.adapter_enabled, m.scaling, *map(_identity, m.adapter().values())) for m in adapted),
-    )
-
-
-def _identity(tensor: torch.Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), tensor._version
 
 
 class StaticDecoder:
@@ -165,7 +143,7 @@ class StaticDecoder:
         """
         decoder: Any = model.model
         self.embed, self.final_norm, self.head = decoder.embed_tokens, decoder.norm, model.lm_head
-        weight = self.embed.weight
+        weight = frozen_original(self.embed).weight
         self.device, self.dtype = compute_device_of(model), token_dtype(self.embed)
         self.backend, self.greedy = backend, greedy
         overlap = num_prompts <= MAX_OVERLAPPING_PROMPTS if overlap is None else overlap

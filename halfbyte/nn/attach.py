@@ -19,6 +19,11 @@ from halfbyte.nn.saved_module import SavedModule
 from halfbyte.nn.spec import LoraSpec
 from halfbyte.nn.split import Split
 from halfbyte.nn.targets import find_saved, find_targets
+from halfbyte.nn.token_rows import RowsEmbedding, RowsHead, TokenRows
+from halfbyte.nn.vocabulary import attach_token_rows, find_token_rows, iter_token_rows
+
+ADAPTER_MODULES = (LoraLinear, SavedModule, RowsEmbedding, RowsHead)
+"""What stands in the place of a module that is trained; `unwrap` gives that back."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +34,8 @@ class AdapterReport:
     """Rank of each adapter by the path of its layer."""
     saved_modules: tuple[str, ...]
     """Paths of the modules trained whole."""
+    num_tokens: int
+    """Tokens whose rows of embedding and head are trained."""
     dora: bool
     """Whether they train the lengths of rows too."""
     trainable_parameters: int
@@ -47,8 +54,9 @@ class AdapterReport:
         ]
         rank_text = f" of rank {ranks.pop()}" if len(ranks) == 1 else ""
         saved = f"; trained whole: {', '.join(self.saved_modules)}" if self.saved_modules else ""
+        tokens = f"; rows of {self.num_tokens} tokens" if self.num_tokens else ""
         kind = "DoRA adapters" if self.dora else "adapters"
-        text = f"{self.num_modules} {kind}{rank_text}: {', '.join(parts)}{saved}"
+        text = f"{self.num_modules} {kind}{rank_text}: {', '.join(parts)}{saved}{tokens}"
         if self.trainable_parameters:
             share = 100 * self.trainable_parameters / self.total_parameters
             text += (
@@ -68,9 +76,10 @@ def attach_adapters(model: nn.Module, spec: LoraSpec, splits: Mapping[str, Split
     Raises:
         ConfigError: `spec` matches nothing, or something that cannot be adapted; the model is left as it was.
     """
-    if any(isinstance(module, (LoraLinear, SavedModule)) for module in model.modules()):
+    if any(isinstance(module, ADAPTER_MODULES) for module in model.modules()):
         raise ConfigError("the model has adapters already; load the base model anew to attach others")
     targets, saved = find_targets(model, spec), find_saved(model, spec)
+    find_token_rows(model, spec)
     unsplit = [target.path for target in targets if target.path not in (splits or {})]
     if begins_from_weights(spec.init) and unsplit:
         raise ConfigError(
@@ -98,6 +107,7 @@ def attach_adapters(model: nn.Module, spec: LoraSpec, splits: Mapping[str, Split
         if split is not None:
             layer.start_from(split.first, taken=split.taken)
         replace_module(model, target.path, layer)
+    attach_token_rows(model, spec)
     for path in saved:
         replace_module(model, path, SavedModule.from_module(model.get_submodule(path)))
     return report_adapters(model)
@@ -109,6 +119,7 @@ def report_adapters(model: nn.Module) -> AdapterReport:
     return AdapterReport(
         modules={path: layer.rank for path, layer in iter_lora(model)},
         saved_modules=tuple(path for path, _ in iter_saved(model)),
+        num_tokens=len({number for _, module in iter_token_rows(model) for number in module.table.token_ids}),
         dora=any(layer.lora_magnitude_vector is not None for _, layer in iter_lora(model)),
         trainable_parameters=trainable,
         total_parameters=total,
@@ -143,7 +154,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
     A base that lacks what its adapters have begun from gets that back.
     """
-    wrappers = [m for m in model.modules() if isinstance(m, (LoraLinear, SavedModule))]
+    wrappers = [m for m in model.modules() if isinstance(m, (LoraLinear, SavedModule, TokenRows))]
     before = [wrapper.adapter_enabled for wrapper in wrappers]
     for wrapper in wrappers:
         wrapper.adapter_enabled = False

@@ -88,6 +88,11 @@ class LoraLinear(nn.Module):
         """Put an adapter that changes nothing yet beside `base`; `unwrap` is the inverse."""
         return cls(base, rank=rank, alpha=alpha, rslora=rslora, dora=dora, dropout=dropout, workspace=workspace)
 
+    def set_dropout(self, dropout: float) -> None:
+        """Drop another share of the adapter's input in training from now on."""
+        self.dropout = dropout
+        self._training_options = LoraOptions(scaling=self.scaling, dropout=dropout)
+
     def unwrap(self) -> Linear4bit | nn.Linear:
         """Return the frozen layer alone."""
         return self.base

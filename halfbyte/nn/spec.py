@@ -10,6 +10,7 @@ from halfbyte.config.adapter_init import ZERO, check_init
 from halfbyte.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
+INPUT_EMBEDDING = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +47,11 @@ class LoraSpec:
     """Name of the list of layers that those numbers count in; None for the first number in a path."""
     modules_to_save: tuple[str, ...] = ()
     """Names of modules trained whole, as fp32 copies, beside the adapters."""
+    trainable_tokens: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    """Ids of tokens whose rows are trained, by the name of the module: of the embedding (INPUT_EMBEDDING, whatever it
+    is called; of a tied head as well) or of the output head. May lie beyond the vocabulary that the base has."""
+    vocabulary: int | None = None
+    """Tokens that embedding and head know, where those are more than the base has."""
     seed: int | None = None
     """Makes each adapter's first values depend on this and its path alone; None draws from torch's generator."""
 

@@ -48,7 +48,26 @@ GPU_CHUNK_BYTES = 2**27
 MIN_CHUNK_TOKENS = 128
 # The logits of a block, in fp32.
 BLOCK_BYTES_PER_THREAD = 2**20
+# Rows of logits begin at multiples of so many elements, whatever the number of words.
+ROW_MULTIPLE = 64
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class OwnRows:
+    """Rows of the head that are trained alone: they stand in place of its own, or behind them.
+
+    z[:, ids] = h rows'      grad_h += grad_z[:, ids] rows      grad_rows = grad_z[:, ids]' h
+
+    and what the product with the frozen rows of the same words would be counts nowhere.
+    """
+
+    ids_N: torch.Tensor
+    """Words, int64, each once; those behind the head's own are all of them."""
+    rows_ND: torch.Tensor
+    """fp32, or the dtype of the head."""
+    vocabulary: int
+    """Words with those of `ids_N`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +91,7 @@ def chunked_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     head_bias: torch.Tensor | None = None,
+    own_rows: OwnRows | None = None,
     trained: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -86,6 +106,7 @@ def chunked_cross_entropy(
         softcap: Logits are squeezed into (-softcap, softcap), as Gemma 2 does.
         logit_scale: Factor of the logits, as Cohere and Granite have it.
         head_bias: (vocabulary,).
+        own_rows: Rows that are trained while the head is frozen; not together with a bias.
         trained: Indices of the tokens whose label is not -100, int64 on the same device, each once, for callers that
             know them without asking the device. A captured graph wants as many at each replay: indices of tokens
             whose label is -100 may stand among them, any number of times, and change neither loss nor gradients, but
@@ -102,8 +123,9 @@ def chunked_cross_entropy(
     if trained is None:
         trained = find_trained_tokens(labels_T)
     with torch.autocast(hidden_TD.device.type, enabled=False):
+        rows_ND = None if own_rows is None else own_rows.rows_ND
         total = _ChunkedCrossEntropy.apply(
-            hidden_TD, head_weight_VD, head_bias, labels_T, trained, logits, torch.is_grad_enabled()
+            hidden_TD, head_weight_VD, head_bias, rows_ND, own_rows, labels_T, trained, logits, torch.is_grad_enabled()
         )
     if num_items is None:
         num_items = max(trained.numel(), 1)
@@ -119,6 +141,7 @@ def chunked_token_losses(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     head_bias: torch.Tensor | None = None,
+    own_rows: OwnRows | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Return the cross-entropy of each token, (tokens,) fp32 and 0 where not trained, for evaluation: no gradient.
@@ -130,7 +153,7 @@ def chunked_token_losses(
     trained = find_trained_tokens(labels_T)
     losses_T = torch.zeros(labels_T.shape, dtype=torch.float32, device=labels_T.device)
     with torch.no_grad(), torch.autocast(hidden_TD.device.type, enabled=False):
-        head = _Head(head_weight_VD, head_bias, hidden_TD.dtype, logits)
+        head = _Head(head_weight_VD, head_bias, hidden_TD.dtype, logits, own_rows)
         for tokens in head.split(trained):
             losses_T[tokens] = head.losses(hidden_TD[tokens], labels_T[tokens]).float()
     return losses_T
@@ -171,15 +194,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_TD: torch.Tensor,
         head_weight_VD: torch.Tensor,
         head_bias: torch.Tensor | None,
+        rows_ND: torch.Tensor | None,
+        own_rows: OwnRows | None,
         labels_T: torch.Tensor,
         trained: torch.Tensor,
         logits: _Logits,
         is_grad_enabled: bool,
     ) -> torch.Tensor:
         # needs_input_grad tells what the inputs want, under no_grad too.
-        needs = [need and is_grad_enabled for need in ctx.needs_input_grad[:3]]
-        need_hidden, need_weight, need_bias = needs
-        head = _Head(head_weight_VD, head_bias, hidden_TD.dtype, logits)
+        needs = [need and is_grad_enabled for need in ctx.needs_input_grad[:4]]
+        need_hidden, need_weight, need_bias, need_rows = needs
+        head = _Head(head_weight_VD, head_bias, hidden_TD.dtype, logits, own_rows)
+        if need_rows and rows_ND is not None:
+            head.grad_rows = torch.zeros_like(rows_ND, dtype=head.sum_dtype)
         if need_weight:
             head.grad_weight = torch.zeros_like(head.weight_VD, dtype=head.sum_dtype)
         if need_bias and head.bias is not None:
@@ -193,35 +220,46 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + tokens.numel())
             start = rows.stop
             total += head.losses(hidden[rows], labels[rows], differentiate=any(needs)).sum()
-            if need_hidden or need_weight:
+            if need_hidden or need_weight or need_rows:
                 head.multiply_back(hidden[rows], out=None if grad_hidden is None else grad_hidden[rows])
-        ctx.save_for_backward(trained, grad_hidden, head.grad_weight, head.grad_bias)
+        ctx.save_for_backward(trained, grad_hidden, head.grad_weight, head.grad_bias, head.grad_rows)
         ctx.hidden_shape = hidden_TD.shape
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[Any, ...]:
-        trained, grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        trained, grad_hidden, *grads = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_total
             if trained.numel() != ctx.hidden_shape[0]:
                 grad_hidden = grad_hidden.new_zeros(ctx.hidden_shape).index_copy_(0, trained, grad_hidden)
-        grad_weight = None if grad_weight is None else grad_weight * grad_total
-        grad_bias = None if grad_bias is None else grad_bias * grad_total
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, *(None if g is None else g * grad_total for g in grads), None, None, None, None, None
 
 
 class _Head:
     """The head of one call: its weight in the compute dtype, buffers for one chunk, and sums of its gradients."""
 
-    def __init__(self, weight_VD: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, logits: _Logits) -> None:
+    def __init__(
+        self,
+        weight_VD: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        logits: _Logits,
+        own_rows: OwnRows | None,
+    ) -> None:
+        if own_rows is not None and bias is not None:
+            raise ValueError("own rows of a head with a bias are not provided for")
         self.sum_dtype = torch.promote_types(dtype, torch.float32)
         self.weight_VD = weight_VD.detach().to(dtype)
+        self.own_rows = own_rows
+        self.rows_ND = None if own_rows is None else own_rows.rows_ND.detach().to(dtype)
+        self.vocabulary = weight_VD.shape[0] if own_rows is None else own_rows.vocabulary
         self.bias = None if bias is None else bias.detach().to(self.sum_dtype)
         self.logits = logits
         self.grad_weight: torch.Tensor | None = None
         self.grad_bias: torch.Tensor | None = None
+        self.grad_rows: torch.Tensor | None = None
         self._buffers: dict[str, torch.Tensor] = {}
 
     def split(self, trained: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -238,7 +276,9 @@ class _Head:
             differentiate: Also add to the gradient of the bias, where that is wanted.
         """
         product_CV = self._take("product", hidden_CD.shape[0], self.weight_VD.dtype)
-        torch.mm(hidden_CD, self.weight_VD.T, out=product_CV)
+        torch.mm(hidden_CD, self.weight_VD.T, out=product_CV[:, : self.weight_VD.shape[0]])
+        if self.own_rows is not None and self.rows_ND is not None:
+            product_CV.index_copy_(1, self.own_rows.ids_N, hidden_CD @ self.rows_ND.T)
         if self.logits.backend == "triton":
             return self._soften_fused(product_CV, labels_C, differentiate)
         block_tokens = self._choose_block_tokens()
@@ -246,12 +286,20 @@ class _Head:
         return torch.cat([self._soften(product_BV, labels_B, differentiate) for product_BV, labels_B in blocks])
 
     def multiply_back(self, hidden_CD: torch.Tensor, *, out: torch.Tensor | None) -> None:
-        """Write the gradient of the hidden states of the chunk to `out`, and add to that of the weight."""
+        """Write the gradient of the hidden states of the chunk to `out`, and add to those of weight and rows."""
         grad_CV = self._take("product", hidden_CD.shape[0], self.weight_VD.dtype)
+        own_CN = None
+        if self.own_rows is not None:
+            own_CN = grad_CV.index_select(1, self.own_rows.ids_N)
+            grad_CV = grad_CV.index_fill_(1, self.own_rows.ids_N, 0)[:, : self.weight_VD.shape[0]]
         if out is not None:
             torch.mm(grad_CV, self.weight_VD, out=out)
+            if own_CN is not None and self.rows_ND is not None:
+                out.addmm_(own_CN, self.rows_ND)
         if self.grad_weight is not None:
             self.grad_weight += grad_CV.T @ hidden_CD
+        if self.grad_rows is not None and own_CN is not None:
+            self.grad_rows += own_CN.T @ hidden_CD
 
     def _soften_fused(self, product_CV: torch.Tensor, labels_C: torch.Tensor, differentiate: bool) -> torch.Tensor:
         """Do what `_soften` does in one launch; the gradient of the bias is the sum of what was stored."""
@@ -303,9 +351,12 @@ class _Head:
     def _take(self, key: str, num_tokens: int, dtype: torch.dtype) -> torch.Tensor:
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape[0] < num_tokens:
-            buffer = torch.empty(num_tokens, self.weight_VD.shape[0], dtype=dtype, device=self.weight_VD.device)
+            stride = self.vocabulary
+            if self.own_rows is not None:
+                stride = -(-stride // ROW_MULTIPLE) * ROW_MULTIPLE
+            buffer = torch.empty(num_tokens, stride, dtype=dtype, device=self.weight_VD.device)
             self._buffers[key] = buffer
-        return buffer[:num_tokens]
+        return buffer[:num_tokens, : self.vocabulary]
 
     def _choose_chunk_tokens(self) -> int:
         if self.logits.chunk_tokens != "auto":

@@ -38,8 +38,10 @@ from transformers import PreTrainedModel
 from halfbyte.errors import ConfigError, FormatError
 from halfbyte.models.adapter_files import WEIGHTS_FILE
 from halfbyte.models.adapter_tensors import PREFIX, adapter_key, halves
+from halfbyte.models.adapter_tokens import rows_key
 from halfbyte.nn import iter_lora
 from halfbyte.nn.attach import iter_saved
+from halfbyte.nn.vocabulary import iter_token_rows
 from halfbyte.train.manifest import find_damage
 
 OPTIMIZER_FILE, SCHEDULER_FILE, RANDOM_FILE = "optimizer.pt", "scheduler.pt", "random.pt"
@@ -166,6 +168,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         parameters |= {adapter_key(path, name): parameter for name, parameter in layer.adapter().items()}
     for path, module in iter_saved(model):
         parameters |= {f"{PREFIX}{path}.{name}": parameter for name, parameter in module.trained.named_parameters()}
+    parameters |= {f"{PREFIX}{rows_key(path)}": wrapper.table.rows for path, wrapper in iter_token_rows(model)}
     return parameters
 
 

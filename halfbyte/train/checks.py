@@ -14,6 +14,7 @@ from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.packed_inputs import compute_dtype_of
 from halfbyte.nn import LoraSpec, iter_lora
 from halfbyte.nn.attach import iter_saved
+from halfbyte.nn.vocabulary import iter_token_rows
 from halfbyte.train.arguments import HalfbyteArguments
 
 
@@ -99,4 +100,5 @@ def infer_spec(model: PreTrainedModel) -> LoraSpec:
         rank_pattern={re.escape(path): x.rank for path, x in layers.items() if x.rank != first.rank},
         alpha_pattern={re.escape(path): x.alpha for path, x in layers.items() if x.alpha != first.alpha},
         modules_to_save=saved,
+        trainable_tokens={path: wrapper.table.token_ids for path, wrapper in iter_token_rows(model)},
     )

@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.modes import eval_mode
 from halfbyte.models.packed_inputs import build_forward_inputs, read_hidden_states
-from halfbyte.ops.cross_entropy import IGNORED_LABEL, chunked_cross_entropy, chunked_token_losses
+from halfbyte.nn.token_rows import RowsHead
+from halfbyte.ops.cross_entropy import IGNORED_LABEL, OwnRows, chunked_cross_entropy, chunked_token_losses
 
 PROBE_TOKENS = 8
 
@@ -86,6 +87,13 @@ class LossPath:
 
     def _head_arguments(self) -> dict[str, Any]:
         head = self.model.get_output_embeddings()
+        if isinstance(head, RowsHead):
+            table = head.table
+            rows = OwnRows(ids_N=table.ids_N, rows_ND=table.rows_ND, vocabulary=table.vocabulary)
+            return self._head_options(head.original) | {"own_rows": rows}
+        return self._head_options(head)
+
+    def _head_options(self, head: Any) -> dict[str, Any]:
         return {
             "weight": head.weight,
             "head_bias": getattr(head, "bias", None),

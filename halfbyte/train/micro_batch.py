@@ -43,6 +43,7 @@ from halfbyte.models.packed_inputs import compute_dtype_of
 from halfbyte.models.streaming import streamer_of
 from halfbyte.nn import iter_trainable
 from halfbyte.nn.convert import workspace_of
+from halfbyte.nn.vocabulary import iter_token_rows
 from halfbyte.ops.cross_entropy import IGNORED_LABEL
 from halfbyte.train.batches import Batch, move_batch
 from halfbyte.train.loss import LossPath
@@ -89,6 +90,8 @@ class MicroBatches:
         self.as_graphs = as_graphs and is_fused and on_gpu and loss_path.chunked and attention == PACKED_ATTENTION
         # Angles that depend on the length are computed from what the device holds, on the host.
         self.as_graphs = self.as_graphs and has_fixed_angles(model)
+        # Nor are lookups of single trained rows recorded: their gradients have not been tried in a capture.
+        self.as_graphs = self.as_graphs and not any(True for _ in iter_token_rows(model))
         # So does the host where weights come from files.
         self.as_graphs = self.as_graphs and not (self.streamer is not None and self.streamer.reads_files)
         self.parameters = [parameter for _, parameter in iter_trainable(model)]

@@ -22,6 +22,7 @@ from halfbyte.config.load import lasting_config, to_yaml
 from halfbyte.device import keep_freed_memory, resolve_device
 from halfbyte.nn import LoraSpec, adapters_disabled
 from halfbyte.train.callbacks import ProgressLine
+from halfbyte.train.continued import find_earlier
 from halfbyte.train.evaluate import HeldOut
 from halfbyte.train.loggers import check_loggers
 from halfbyte.train.planning import PlannedRun, plan_run
@@ -30,6 +31,7 @@ from halfbyte.train.samples import Sample, answer_questions, choose_questions
 from halfbyte.train.saver import saying_what_is_left
 from halfbyte.train.setup import RunData, attach, build_arguments, load_base, load_data, make_folder, prepare_folder
 from halfbyte.train.summary import Comparison, Summary, make_summary, print_summary
+from halfbyte.train.tokens import add_tokens
 from halfbyte.train.trainer import HalfbyteTrainer, TrainerOptions
 
 
@@ -61,13 +63,19 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
     device = resolve_device(config.model.device)
     if device.type == "cpu":
         keep_freed_memory()
+    earlier = find_earlier(config)
     planned = plan_run(config, device)
     config = planned.config
     _say(console, planned.text)
     loaded = load_base(config, console, residency=planned.residency)
     _say(console, loaded.report)
+    if earlier is not None:
+        loaded = dataclasses.replace(loaded, tokenizer_folder=earlier.tokenizer)
+    tokens = add_tokens(config, loaded.tokenizer)
+    for note in (*(() if earlier is None else earlier.notes), *(() if tokens is None else (tokens.note,))):
+        _say(console, note)
     data = load_data(config, loaded.tokenizer, console)
-    spec, report = attach(loaded, config)
+    spec, report = attach(loaded, config, tokens=tokens, earlier=earlier)
     _say(console, report)
     folder = make_folder(config)
     with hold(folder):

@@ -27,18 +27,20 @@ from halfbyte.data import (
     split_held_out,
     token_spans,
 )
+from halfbyte.data.template_tokens import find_split_markers
 from halfbyte.errors import ConfigError
 from halfbyte.models import LoadedModel, load_model
-from halfbyte.models.adapter_config import read_adapter_config, spec_from_adapter_config
-from halfbyte.models.adapter_files import find_adapter_weights, load_adapter
+from halfbyte.models.adapter_files import load_adapter
 from halfbyte.models.attention import PACKED_ATTENTION
 from halfbyte.models.streaming import ON_DEVICE, Residency
 from halfbyte.models.weight_splits import NewSplits
-from halfbyte.nn import AdapterReport, LoraSpec, attach_adapters
+from halfbyte.nn import AdapterReport, LoraSpec, attach_adapters, iter_lora
 from halfbyte.quant import QuantSpec
 from halfbyte.train.arguments import HalfbyteArguments
 from halfbyte.train.checkpoint import find_checkpoint, list_checkpoints, remove_leftovers, step_of
+from halfbyte.train.continued import EarlierAdapter, check_targets
 from halfbyte.train.samples import printable
+from halfbyte.train.tokens import RunTokens, spec_with_tokens, start_new_tokens_
 
 SHOWN_TOKENS = 160
 # Fields of the train section that are no training arguments of transformers, or go there in another form.
@@ -168,6 +170,13 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, console: Co
     else:
         _say(console, "held out: nothing, so there will be no held-out loss and no answers to compare")
     if any(example.messages for example in training):
+        split = find_split_markers(tokenizer, options.chat_template)
+        if split:
+            _say(
+                console,
+                f"{', '.join(split)} of the chat template: several tokens each to this tokenizer; "
+                "--model.added_tokens=template makes them one each, and trains their rows",
+            )
         tokenizer.chat_template = renderer.chat_template
     return RunData(train=train, held_out=prepared, held_out_examples=held_out, renderer=renderer)
 
@@ -188,15 +197,37 @@ def mark_trained(tokenizer: PreTrainedTokenizerBase, example: TokenizedExample, 
     return text.append(" ..." if len(example) > SHOWN_TOKENS else "")
 
 
-def attach(loaded: LoadedModel, config: RunConfig) -> tuple[LoraSpec, AdapterReport]:
-    """Give the model new adapters, or those of an earlier run to go on with."""
+def attach(
+    loaded: LoadedModel, config: RunConfig, *, tokens: RunTokens | None = None, earlier: EarlierAdapter | None = None
+) -> tuple[LoraSpec, AdapterReport]:
+    """Give the model new adapters, or those of an earlier run to go on with.
+
+    Args:
+        loaded: The base.
+        config: Of the run.
+        tokens: That the run adds.
+        earlier: The adapter to go on with.
+
+    Raises:
+        ConfigError: Options mean nothing in the model, or contradict the adapter.
+        FormatError: The adapter does not fit the model.
+    """
     model = loaded.model
-    if config.lora.adapter is None:
-        spec = make_lora_spec(config.lora, seed=config.train.seed)
-        return spec, attach_adapters(model, spec, loaded.splits)
-    weights = find_adapter_weights(Path(config.lora.adapter))
-    spec = spec_from_adapter_config(read_adapter_config(weights))
-    return spec, load_adapter(model, weights, trainable=True)
+    if earlier is None:
+        spec = spec_with_tokens(make_lora_spec(config.lora, seed=config.train.seed), model, config, tokens)
+        report = attach_adapters(model, spec, loaded.splits)
+        start_new_tokens_(model, tokens)
+        return spec, report
+    check_targets(model, config.lora, earlier.spec)
+    if tokens is not None and tokens.new_ids:
+        raise ConfigError(
+            f"model.added_tokens names {len(tokens.new_ids)} tokens that the adapter to go on with does not have; "
+            "leave them out, or start a new adapter"
+        )
+    report = load_adapter(model, earlier.weights, trainable=True)
+    for _, layer in iter_lora(model):
+        layer.set_dropout(earlier.spec.dropout)
+    return earlier.spec, report
 
 
 def make_quant_spec(config: RunConfig) -> QuantSpec | None:

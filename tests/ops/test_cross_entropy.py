@@ -12,6 +12,7 @@ from halfbyte.errors import BackendError
 from halfbyte.kernels.cross_entropy import CrossEntropyLaunch
 from halfbyte.ops import cross_entropy
 from halfbyte.ops.cross_entropy import (
+    OwnRows,
     chunked_cross_entropy,
     chunked_token_losses,
     cross_entropy_reference,
@@ -419,3 +420,32 @@ def test_cross_entropy_kernel_on_a_gpu_takes_vocabularies_of_models(dtype: torch
 def test_cross_entropy_kernel_on_a_gpu_far_out() -> None:
     check_kernel_far_into_the_softcap(Place("triton", "cuda"))
     check_kernel_on_bad_rows(Place("triton", "cuda"))
+
+
+@DTYPE
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("ids", [(5, 7), (WORDS, WORDS + 1), (3, WORDS)], ids=str)
+def test_chunked_cross_entropy_takes_rows_of_its_own(ids: tuple[int, ...], mask: str, dtype: torch.dtype) -> None:
+    vocabulary = max(WORDS, ids[-1] + 1)
+    hidden, weight, _, labels = make_inputs(dtype, mask)
+    weight.requires_grad_(False)
+    labels = torch.where((labels >= 0) & (torch.arange(TOKENS) % 5 == 0), ids[-1], labels)
+    rows = torch.randn(len(ids), WIDTH, requires_grad=True)
+    own = OwnRows(ids_N=torch.tensor(ids), rows_ND=rows, vocabulary=vocabulary)
+    loss = chunked_cross_entropy(hidden, weight, labels, own_rows=own, chunk_tokens=7)
+    (3 * loss).backward()
+    hidden64, rows64 = (t.detach().double().requires_grad_() for t in (hidden, rows))
+    whole = torch.zeros(vocabulary, WIDTH, dtype=torch.float64)
+    whole[:WORDS] = weight
+    whole = whole.index_copy(0, torch.tensor(ids), rows64)
+    (3 * cross_entropy_reference(hidden64, whole, labels)).backward()
+    expected = cross_entropy_reference(hidden64, whole, labels)
+    # Rows are rounded to the dtype of the hidden states, then product, gradient of it and sum with the other words'.
+    limit = {"dtype": dtype, "roundings": 4, "reduction_length": vocabulary}
+    assert_close("loss", expected, loss, **limit)
+    assert hidden.grad is not None
+    assert rows.grad is not None
+    assert_close("hidden", hidden64.grad, hidden.grad, **limit)
+    assert_close("rows", rows64.grad, rows.grad, **limit)
+    losses = chunked_token_losses(hidden, weight, labels, own_rows=own, chunk_tokens=7)
+    assert_close("token losses", expected * (labels >= 0).sum().clamp(min=1), losses.sum(), **limit)

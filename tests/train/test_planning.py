@@ -68,9 +68,9 @@ def test_other_architectures_are_planned_more_roughly(tmp_path: Path) -> None:
 
 
 def test_without_a_plan_there_is_a_run(tmp_path: Path) -> None:
-    whole = LoraSection(modules_to_save=("lm_head",))
+    whole = LoraSection(modules_to_save=("norm",))
     planned = plan_run(config_of(tmp_path, lora=whole, train=TrainSection(batch_size=8)), CPU)
-    assert planned.text.startswith("no memory plan: modules that are trained whole")
+    assert planned.text.startswith("no memory plan: modules trained whole")
     assert planned.policies is None
     assert planned.config.train.gradient_accumulation_steps == 2
     odd = config_of(tmp_path, lora=whole, train=TrainSection(batch_size=7))
@@ -92,7 +92,7 @@ def test_what_a_configuration_asks_for(tmp_path: Path) -> None:
     assert (run.rank, run.targets, run.block_size, run.double_quant) == (32, ("q_proj", "down_proj"), 128, False)
     assert (run.batch_rows, run.state_bits, run.pages_optimizer, run.fp8) == (16, 32, True, True)
     assert (pins_of(config).rows, pins_of(config).streamed_blocks) == (2, 2)
-    whole = dataclasses.replace(config, lora=LoraSection(modules_to_save=("lm_head",)))
+    whole = dataclasses.replace(config, lora=LoraSection(modules_to_save=("norm",)))
     with pytest.raises(PlanError, match="modules_to_save"):
         run_shape_of(whole, compute_bytes=2)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from halfbyte.models import load_adapter, load_model, load_run
 from halfbyte.nn import iter_lora
 from halfbyte.quant import QuantSpec
 from halfbyte.train import run_training
+from tests.train.tiny import build_tiny, build_tokenizer
 
 
 @pytest.fixture
@@ -205,3 +207,113 @@ def test_adapter_of_a_run_loads_on_its_base(model_folder: Path, data_file: Path,
     with torch.no_grad():
         # The trained model's layers are fused, the fresh one's are not: another order of summation.
         torch.testing.assert_close(fresh(input_ids=ids).logits, result.model(input_ids=ids).logits)
+
+
+# More than the model has rows to spare.
+ADDED = ("<|a|>", "<|b|>", "<|c|>", "<|d|>", "<|e|>")
+
+
+def chat_folder(folder: Path, family: str = "llama", *, is_tied: bool = False) -> Path:
+    model = build_tiny(family)
+    if is_tied:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    model.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("whole", [(), ("embed_tokens", "lm_head")])
+@pytest.mark.parametrize("fused", [True, False])
+def test_run_training_adds_tokens(
+    data_file: Path, tmp_path: Path, is_tied: bool, whole: tuple[str, ...], fused: bool
+) -> None:
+    base = chat_folder(tmp_path / "base", is_tied=is_tied)
+    options = {"model.added_tokens": ADDED, "lora.modules_to_save": whole, "model.pad_vocabulary_to": 8}
+    text = io.StringIO()
+    config = config_of(base, data_file, tmp_path / "a", **{"train.fused": fused, **options})
+    rows = [json.loads(line) for line in data_file.read_text().splitlines()]
+    for row in rows:
+        row["messages"][1]["content"] = "<|a|>" + row["messages"][1]["content"] + "<|b|>"
+    data_file.write_text("\n".join(json.dumps(row) for row in rows))
+    result = run_training(config, console=Console(file=text))
+    assert f"{', '.join(ADDED)} added" in text.getvalue()
+    assert result.summary.held_out_after.loss < result.summary.held_out_before.loss
+    loaded = load_run(tmp_path / "a")
+    words = len(result.tokenizer)
+    assert len(loaded.tokenizer) == words > 104
+    size = loaded.model.config.vocab_size
+    assert size == (-(-words // 8) * 8 if whole else words)
+    ids = torch.arange(3, words)[None]
+    with torch.no_grad():
+        logits = [model(input_ids=ids, use_cache=False).logits for model in (result.model, loaded.model)]
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=0)
+
+
+def test_run_training_adds_the_markers_of_a_template(data_file: Path, tmp_path: Path) -> None:
+    base = chat_folder(tmp_path / "base")
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ '<|turn|>' + m['role'] + '\\n' + m['content'] + '<|over|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|turn|>assistant\\n' }}{% endif %}"
+    )
+    options = {"data.chat_template": str(template), "train.max_steps": 1}
+    text = io.StringIO()
+    run_training(config_of(base, data_file, tmp_path / "a", **options), console=Console(file=text, width=200))
+    assert "<|turn|>, <|over|> of the chat template: several tokens each" in text.getvalue()
+    text = io.StringIO()
+    options |= {"model.added_tokens": "template"}
+    result = run_training(config_of(base, data_file, tmp_path / "b", **options), console=Console(file=text, width=200))
+    assert "<|turn|>, <|over|> added" in text.getvalue()
+    assert "several tokens each" not in text.getvalue()
+    assert len(result.tokenizer("<|turn|>", add_special_tokens=False)["input_ids"]) == 1
+
+
+def test_run_training_goes_on_with_added_tokens(data_file: Path, tmp_path: Path) -> None:
+    base, quiet = chat_folder(tmp_path / "base"), Console(file=io.StringIO())
+    options = {"model.added_tokens": ("<|a|>",)}
+    first = run_training(config_of(base, data_file, tmp_path / "a", **options), console=quiet)
+    options = {"lora.adapter": str(tmp_path / "a"), "train.max_steps": 1, "train.learning_rate": 1e-9}
+    second = run_training(config_of(base, data_file, tmp_path / "b", **options), console=quiet)
+    assert len(second.tokenizer) == len(first.tokenizer)
+    assert second.summary.held_out_after.loss == pytest.approx(first.summary.held_out_after.loss, rel=1e-5)
+    with pytest.raises(ConfigError, match="does not have"):
+        run_training(
+            config_of(base, data_file, tmp_path / "c", **options, **{"model.added_tokens": ("<|c|>",)}), console=quiet
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora.rank": 8}, r"lora\.rank is 8, but the adapter to go on with .* has 16"),
+        ({"lora.targets": ("q_proj",)}, r"lora\.targets means other layers .* has model\.layers\.0\.mlp"),
+        ({"lora.modules_to_save": ("lm_head",)}, r"lora\.modules_to_save"),
+        ({"lora.rslora": True}, r"lora\.rslora"),
+    ],
+)
+def test_options_that_contradict_an_earlier_adapter_are_refused(
+    model_folder: Path, data_file: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    quiet = Console(file=io.StringIO())
+    run_training(config_of(model_folder, data_file, tmp_path / "a", **{"train.max_steps": 1}), console=quiet)
+    options = {"lora.adapter": str(tmp_path / "a"), **options}
+    with pytest.raises(ConfigError, match=message):
+        run_training(config_of(model_folder, data_file, tmp_path / "b", **options), console=quiet)
+
+
+def test_an_adapter_of_another_base_is_refused(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    text = io.StringIO()
+    run_training(config_of(model_folder, data_file, tmp_path / "a"), console=Console(file=text))
+    one: dict[str, Any] = {"lora.adapter": str(tmp_path / "a")}
+    moved, other = tmp_path / model_folder.name, tmp_path / "other"
+    for folder in (moved, other):
+        shutil.copytree(model_folder, folder)
+    with pytest.raises(ConfigError, match=r"was trained on .* not on .*other"):
+        run_training(config_of(other, data_file, tmp_path / "b", **one), console=Console(file=text))
+    one |= {"quant.double_quant": False, "lora.dropout": 0.3}
+    result = run_training(config_of(moved, data_file, tmp_path / "c", **one), console=Console(file=text, width=400))
+    assert "is taken for the same" in text.getvalue()
+    assert "was trained on a base held otherwise" in text.getvalue()
+    assert {layer.dropout for _, layer in iter_lora(result.model)} == {0.3}
