@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -75,6 +76,19 @@ def test_torchrun_starts_ranks_again_and_they_go_on(tmp_path: Path) -> None:
     whole = torchrun(1, [*words, "--train.gradient_accumulation_steps=4", length, "--output", tmp_path / "whole"])
     assert whole.code == 0, whole.output
     assert_equal_adapters(folder, tmp_path / "whole")
+
+
+def test_ranks_that_are_told_to_stop_do_so_after_the_same_step(tmp_path: Path) -> None:
+    words, folder = words_of_a_run(tmp_path), tmp_path / "stopped"
+    turns, length = "--train.gradient_accumulation_steps=2", "--train.max_steps=400"
+    with start_torchrun(2, [*words, turns, length, "--output", folder]) as process:
+        wait_for(lambda: (folder / "checkpoint-4").exists())
+        process.terminate()
+        output, _ = process.communicate(timeout=90)
+    said = re.findall(r"stopped by SIGTERM after step (\d+)", output)
+    assert len(said) == 2, output
+    assert said[0] == said[1]
+    assert (folder / f"checkpoint-{said[0]}").exists()
 
 
 def test_an_environment_that_cannot_be_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
