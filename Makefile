@@ -4,6 +4,7 @@
 # make check    format, lint, types, layers
 # make fuzz     damage tens of thousands of files and count what comes of reading them; eight minutes
 # make bench    time the operations; ONLY=load,train times some of them
+# make faults   kill trainings 200 times at random moments, and compare what they come to
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,7 +14,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/
 # CPU build brings no triton, which the interpreted kernel tests want; with CUDA, torch brings the triton it was made with.
 TORCH := $(if $(HAS_GPU),torch,torch==2.13.0 $(if $(filter Linux,$(shell uname -s)),triton==3.6.0))
 
-.PHONY: setup demo test test-gpu check format bench fuzz clean
+.PHONY: setup demo test test-gpu check format bench faults fuzz clean
 
 setup: $(STAMP)
 
@@ -48,6 +49,9 @@ bench: setup
 
 fuzz: setup
 	$(BIN)/python -m benchmarks.fuzz_readers
+
+faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.faults --kills 200
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis

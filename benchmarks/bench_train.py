@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Tra
 
 from halfbyte.data import TokenizedExample
 from halfbyte.device import default_compute_dtype, default_device, keep_freed_memory, peak_resident_bytes
+from halfbyte.distributed import current_world
 from halfbyte.memory.activation_policy import Policy
 from halfbyte.models import load_model
 from halfbyte.models.attention import PACKED_ATTENTION, register_packed_attention
@@ -158,13 +159,15 @@ def measure_speed(model: PreTrainedModel, setting: Setting) -> dict[str, object]
     device = compute_device_of(model)
     vocabulary = model.config.vocab_size
     generator = np.random.default_rng(0)
-    blocks = generator.integers(4, vocabulary, (setting.batch * setting.accumulation * setting.steps, setting.seq))
+    ranks = current_world().size
+    num_rows = setting.batch * setting.accumulation * setting.steps * ranks
+    blocks = generator.integers(4, vocabulary, (num_rows, setting.seq))
     reset_peak(device)
     trainer, timer = train(model, blocks, setting)
     relieved = [note for note in trainer.notes if note.startswith("out of memory")]
     # The first two steps make state, grow buffers and choose kernels.
     steady = timer.seconds[2:] if len(timer.seconds) > 3 else timer.seconds
-    tokens = setting.batch * setting.seq * setting.accumulation
+    tokens = setting.batch * setting.seq * setting.accumulation * ranks
     memory: dict[str, object] = {"peak_rss_mib": round(peak_resident_bytes() / 2**20)}
     if device.type == "cuda":
         memory = {
@@ -182,6 +185,7 @@ def measure_speed(model: PreTrainedModel, setting: Setting) -> dict[str, object]
         "step_ms": round(1e3 * statistics.median(steady) / setting.accumulation, 1),
         "tok_s": round(tokens / statistics.mean(steady), 1),
         "loss": round(timer.losses[-1], 4),
+        **({"ranks": ranks} if ranks > 1 else {}),
         **memory,
         **({"relieved": relieved} if relieved else {}),
     }

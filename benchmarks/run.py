@@ -42,6 +42,7 @@ GATES = {
     "decode_ops": [f"tests/ops/test_decode_{stem}.py" for stem in ("attention", "inner")],
     "load": ["tests/models"],
     "train": ["tests/train"],
+    "save": ["tests/train/test_saver.py", "tests/train/test_resume.py"],
     "generate": ["tests/models/test_generate.py", "tests/models/test_static_decoder.py"],
 }
 PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "peft", "accelerate", "numpy")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from halfbyte.data import load_examples as load_examples
     from halfbyte.data import prepare as prepare
     from halfbyte.data import split_held_out as split_held_out
+    from halfbyte.distributed import join_world as join_world
     from halfbyte.errors import BackendError as BackendError
     from halfbyte.errors import ConfigError as ConfigError
     from halfbyte.errors import DataError as DataError
@@ -71,6 +72,7 @@ _MODULES = {
         "load_config",
     ),
     "data": ("build_renderer", "load_examples", "prepare", "split_held_out"),
+    "distributed": ("join_world",),
     "errors": ("BackendError", "ConfigError", "DataError", "FormatError", "HalfbyteError", "PlanError"),
     "export": ("export_bnb4bit", "merge_adapter"),
     "models": ("load_adapter", "load_model", "load_run", "save_adapter"),

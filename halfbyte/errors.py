@@ -7,6 +7,11 @@ Everything else that goes wrong is a defect of ours and keeps its traceback.
 class HalfbyteError(Exception):
     """Base of all errors whose message is meant for the person running the program."""
 
+    exit_code = 2
+    """Of the process that it ends."""
+    label = "error: "
+    """What stands before the message."""
+
 
 class ConfigError(HalfbyteError):
     """An option, or a combination of options, that cannot be honoured."""
@@ -18,6 +23,10 @@ class DataError(HalfbyteError):
 
 class FormatError(HalfbyteError):
     """A model or adapter file that is damaged, unsafe or of an unknown layout."""
+
+
+class OutputError(HalfbyteError):
+    """Results that cannot be written."""
 
 
 class PlanError(HalfbyteError):

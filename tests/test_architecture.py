@@ -18,7 +18,8 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 PACKAGE = REPOSITORY / "halfbyte"
 FILES = sorted(PACKAGE.rglob("*.py"))
-LAYERS = "cli|hf > train > export > models|data > nn > optim > ops|memory > quant|kernels > config|device > errors"
+BOTTOM = "config|device|distributed > errors"
+LAYERS = f"cli|hf > train > export > models|data > nn > optim > ops|memory > quant|kernels > {BOTTOM}"
 RANKS = {layer: rank for rank, siblings in enumerate(reversed(LAYERS.split(" > "))) for layer in siblings.split("|")}
 # Which layers may import a library at all.
 ALLOWED = {
@@ -34,8 +35,8 @@ ALLOWED = {
 }
 # Layers, or files, whose import must not cost a library.
 LAZY = {
-    "torch": {"", "config", "device", "errors", "cli"},
-    "transformers": {"", "config", "device", "errors", "cli"},
+    "torch": {"", "config", "device", "distributed", "errors", "cli"},
+    "transformers": {"", "config", "device", "distributed", "errors", "cli"},
     "triton": set(RANKS) | {""},
     "peft": set(RANKS) | {""},
 }

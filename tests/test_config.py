@@ -22,7 +22,6 @@ from halfbyte.config import (
     RunConfig,
     TrainSection,
     load_config,
-    resolve_output_dir,
     save_run_config,
     to_yaml,
 )
@@ -348,52 +347,3 @@ def test_make_schema_accepts_defaults_and_knows_every_option() -> None:
     rank = schema["properties"]["lora"]["properties"]["rank"]
     assert (rank["type"], rank["minimum"], rank["default"]) == ("integer", 1, 16)
     assert "r" in schema["properties"]["lora"]["properties"]
-
-
-@pytest.fixture
-def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def run_of(output: str | None = None, **train: Any) -> RunConfig:
-    return config(
-        model=ModelSection(path="Hub/My-Model 1.5B/"),
-        data=DataSection(train="dir/Tickets 2.jsonl"),
-        train=TrainSection(**train),
-        output_dir=output,
-    )
-
-
-def test_resolve_output_dir_counts_up(in_folder: Path) -> None:
-    first = "runs/my-model-1.5b-tickets-2-1"
-    assert resolve_output_dir(run_of()).output_dir == first
-    Path(first).mkdir(parents=True)
-    Path("runs/my-model-1.5b-tickets-2-x").mkdir()
-    assert resolve_output_dir(run_of()).output_dir == "runs/my-model-1.5b-tickets-2-2"
-
-
-@pytest.mark.parametrize("name", ["adapter_config.json", "run.yaml", "checkpoint-5"])
-def test_resolve_output_dir_refuses_a_folder_that_holds_a_run(in_folder: Path, name: str) -> None:
-    Path("out").mkdir()
-    (Path("out") / name).mkdir()
-    with refused("out already holds a run; continue it with --resume"):
-        resolve_output_dir(run_of("out"))
-    assert resolve_output_dir(run_of("out", overwrite=True)).output_dir == "out"
-
-
-def test_resolve_output_dir_refuses_models_and_files(in_folder: Path) -> None:
-    Path("model").mkdir()
-    Path("model/config.json").write_text("{}")
-    with refused("model already holds a model"):
-        resolve_output_dir(run_of("model", overwrite=True))
-    with refused("config.json is a file; name a folder to write to"):
-        resolve_output_dir(run_of("model/config.json"))
-
-
-def test_resolve_output_dir_resumes_the_last_run_only_where_it_has_a_checkpoint(in_folder: Path) -> None:
-    with refused("holds no checkpoint; leave --resume out"):
-        resolve_output_dir(run_of(resume=True))
-    Path("runs/my-model-1.5b-tickets-2-9/checkpoint-3").mkdir(parents=True)
-    Path("runs/my-model-1.5b-tickets-2-10/checkpoint-3").mkdir(parents=True)
-    assert resolve_output_dir(run_of(resume=True)).output_dir == "runs/my-model-1.5b-tickets-2-10"

@@ -38,11 +38,11 @@ def let_segments_grow() -> None:
         os.environ[ALLOCATOR_VARIABLES[-1]] = EXPANDABLE_SEGMENTS
 
 
-def progress_console() -> Console:
-    """Return the console for progress: on stderr, so that results can be piped."""
+def progress_console(*, is_heard: bool = True) -> Console:
+    """Return the console for progress: on stderr, so that results can be piped; of one rank among several."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, quiet=not is_heard)
 
 
 def result_console() -> Console:

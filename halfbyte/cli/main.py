@@ -36,7 +36,8 @@ EXIT_CODES = {
     0: "done",
     1: "a fault of halfbyte's, with its traceback; or doctor's training step does not work",
     2: "something to mend: a mistake, a damaged file, a run that does not fit, what is not supported",
-    130: "interrupted",
+    130: "interrupted; a training has saved a checkpoint, and the same command goes on with it",
+    143: "terminated; a training likewise",
 }
 
 
@@ -50,11 +51,13 @@ def main(words: Sequence[str] | None = None) -> int:
         The exit code.
     """
     quiet_libraries()
+    # Of several ranks, the first speaks for all but about what went wrong.
+    rank = f"rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
     try:
         return run_command(list(sys.argv[1:] if words is None else words))
     except HalfbyteError as error:
-        print(f"halfbyte: error: {error}", file=sys.stderr)
-        return 2
+        print(f"halfbyte: {rank}{error.label}{error}", file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         # A terminal has just echoed ^C in the middle of a line.
         print("\nhalfbyte: interrupted" if sys.stderr.isatty() else "halfbyte: interrupted", file=sys.stderr)

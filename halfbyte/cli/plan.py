@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from halfbyte.cli.arguments import CommandParser, add_override
 from halfbyte.cli.console import json_text
-from halfbyte.cli.planned import describe_run, find_shape
+from halfbyte.cli.planned import describe_run, find_shape, take_gpus
 from halfbyte.config import DataSection, LoraSection, MemorySection, ModelSection, QuantSection, RunConfig, TrainSection
 from halfbyte.config.load import make_section, parse_overrides, read_yaml
 from halfbyte.config.memory import parse_size
@@ -37,25 +37,33 @@ def add_arguments(parser: CommandParser) -> None:
     )
     parser.add_argument("data", metavar="DATA", nargs="?", help="examples: how long a run over them takes")
     parser.add_argument("--gpu", metavar="CARD", default="this", help='8GiB, "RTX 4090", cpu, or this (default)')
+    parser.add_argument("--gpus", metavar="NxCARD", help='several on one host, a rank each: 2x24GiB, 4x"RTX 4090"')
     parser.add_argument("--host", metavar="SIZE", help=f"host memory; default: this machine's, or {ASSUMED_HOST}")
     parser.add_argument("--json", action="store_true", help="everything as one JSON object")
     parser.epilog = EXAMPLES
 
 
 def run(args: argparse.Namespace) -> int:
-    config = _read_config(args)
+    config, ranks = _read_config(args), take_gpus(args)
     card = _find_card(args, config)
 
     from halfbyte.memory.plan import Budget, make_plan
     from halfbyte.memory.plan_text import as_record, show_plan, why_nothing_fits
-    from halfbyte.memory.request import pins_of, run_shape_of
+    from halfbyte.memory.request import pins_of, run_shape_of, share_of_batch
 
+    config = share_of_batch(config, ranks)
     shape = find_shape(config.model.path, config.model.revision)
     is_narrow = config.compute_dtype != "float32" and (card.is_gpu or card.has_bf16)
-    run_shape = run_shape_of(config, compute_bytes=2 if is_narrow else 4, is_fusable=shape.is_fusable)
+    run_shape = run_shape_of(
+        config,
+        compute_bytes=2 if is_narrow else 4,
+        is_fusable=shape.is_fusable,
+        ranks=ranks,
+        host_ranks=ranks,
+    )
     budget = Budget(
         device_bytes=min(card.memory_bytes if card.is_gpu else 0, config.memory.gpu_bytes or card.memory_bytes),
-        host_bytes=_host_bytes(args, config, card),
+        host_bytes=_host_bytes(args, config, card) // ranks,
     )
     pins = pins_of(config)
     plan = make_plan(shape, run_shape, card, budget, pins=pins)

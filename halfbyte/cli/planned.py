@@ -1,13 +1,14 @@
-"""What a plan is made of beside options: a model's configuration, and how long its data are."""
+"""What a plan is made of beside options: a model's configuration, how many cards, and how long its data are."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.config import RunConfig
-from halfbyte.errors import FormatError, PlanError
+from halfbyte.errors import ConfigError, FormatError, PlanError
 from halfbyte.memory.model_shape import FUSABLE_TYPES, ModelShape
 
 if TYPE_CHECKING:
@@ -36,6 +37,20 @@ def find_shape(path: str, revision: str | None) -> ModelShape:
     from halfbyte.models.shape import read_shape
 
     return read_shape(path, revision)
+
+
+def take_gpus(args: argparse.Namespace) -> int:
+    """Return how many cards --gpus names, and leave the one card to --gpu.
+
+    Raises:
+        ConfigError: It names no number and card.
+    """
+    if args.gpus is None:
+        return 1
+    count, _, args.gpu = args.gpus.partition("x")
+    if not (count.isdecimal() and int(count) and args.gpu):
+        raise ConfigError(f'--gpus is {args.gpus!r}; write a number and a card, such as 2x24GiB or 4x"RTX 4090"')
+    return int(count)
 
 
 def describe_run(config: RunConfig, plan: MemoryPlan) -> str:

@@ -68,7 +68,9 @@ def find_tuned(name: str, overrides: Mapping[str, str]) -> TunedSource:
     values: dict[str, Any] = {"data.train": ""}
     if (folder / RUN_FILE).exists():
         if not has_adapter:
-            raise ConfigError(f"{folder} holds a run that has not left an adapter; end it with halfbyte train --resume")
+            raise ConfigError(
+                f"{folder} holds a run that has not left an adapter; end it with halfbyte train {folder / RUN_FILE}"
+            )
         values |= read_yaml(folder / RUN_FILE)
     elif has_adapter:
         values |= _base_of_adapter(folder / "adapter_config.json")

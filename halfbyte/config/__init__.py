@@ -7,7 +7,8 @@ from halfbyte.config.load import load_config, save_run_config, to_yaml
 from halfbyte.config.lora import LoraSection
 from halfbyte.config.memory import MemorySection
 from halfbyte.config.model import ModelSection, QuantSection
-from halfbyte.config.output import holds_run, last_checkpoint, resolve_output_dir
+from halfbyte.config.output import holds_run, last_checkpoint
+from halfbyte.config.resolve import resolve_output_dir
 from halfbyte.config.run import RunConfig
 from halfbyte.config.train import TrainSection
 

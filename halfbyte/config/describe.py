@@ -36,6 +36,7 @@ class Option:
     doc: str
     aliases: tuple[str, ...]
     bounds: Mapping[str, float]
+    decides_result: bool
 
     @property
     def full_name(self) -> str:
@@ -115,6 +116,7 @@ def _options_of(cls: Any, section: str) -> list[Option]:
                 doc=docs.get(field.name, ""),
                 aliases=field.metadata.get("aliases", ()),
                 bounds=field.metadata.get("bounds", {}),
+                decides_result=field.metadata.get("decides_result", True),
             )
         )
     return options

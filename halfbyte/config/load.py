@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from halfbyte.config.describe import REQUIRED, Option, find_option, list_options, nearest_option, sections
-from halfbyte.config.output import RUN_FILE
+from halfbyte.config.output import RUN_FILE, save_text
 from halfbyte.config.run import RunConfig
 from halfbyte.config.values import NONE_WORDS, NotOfTypeError, check_bounds, check_value, parse_text
 from halfbyte.errors import ConfigError
@@ -124,13 +124,13 @@ def to_yaml(config: RunConfig) -> str:
 def save_run_config(config: RunConfig, folder: str | Path) -> Path:
     """Write the options of a run to run.yaml in its folder; not resume and overwrite, which only say how it began."""
     path = Path(folder) / RUN_FILE
-    path.write_text(to_yaml(lasting_config(config)), encoding="utf-8")
+    save_text(to_yaml(lasting_config(config)), path)
     return path
 
 
 def lasting_config(config: RunConfig) -> RunConfig:
     """Return a config without what only says how a run began."""
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, resume=False, overwrite=False))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, resume="auto", overwrite=False))
 
 
 RARE_LINE_ENDS = "\x85\u2028\u2029"

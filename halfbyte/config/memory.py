@@ -18,15 +18,15 @@ SIZE = re.compile(rf"(\d+(?:\.\d+)?)\s*({'|'.join(UNITS)})")
 class MemorySection:
     """What the run may take of memory; halfbyte plan shows what follows"""
 
-    gpu: str | None = None
+    gpu: str | None = option(None, decides_result=False)
     """Most that the run may take of the GPU, CUDA's own part included: 8GiB. none: what is free."""
-    host: str | None = None
+    host: str | None = option(None, decides_result=False)
     """Most that it may take of host memory. none: what is free."""
-    streamed_blocks: int | None = option(None, minimum=0)
+    streamed_blocks: int | None = option(None, minimum=0, decides_result=False)
     """Decoder blocks whose 4-bit weights live in host memory and visit the GPU. none: as the plan has it."""
-    spill_folder: str | None = None
+    spill_folder: str | None = option(None, decides_result=False)
     """Folder on a fast disk for weights that host memory has no room for. none: no weights in files."""
-    embedding_on_host: bool | None = None
+    embedding_on_host: bool | None = option(None, decides_result=False)
     """Keep the embedding in host memory, of which the GPU reads the rows it needs. none: as the plan has it."""
 
     def __post_init__(self) -> None:

@@ -19,8 +19,9 @@ def option(
     above: float | None = None,
     below: float | None = None,
     aliases: tuple[str, ...] = (),
+    decides_result: bool = True,
 ) -> Any:
-    """Declare a field with bounds or aliases.
+    """Declare a field with bounds, aliases, or without a say in what comes out.
 
     Args:
         default: The value when none is given.
@@ -29,12 +30,17 @@ def option(
         above: The value must be larger than this.
         below: The value must be smaller than this.
         aliases: Other names accepted in a YAML file and on the command line.
+        decides_result: Whether another value may lead to another adapter. Where not, a run may be continued with it.
 
     Returns:
         A dataclass field; typed Any so that it may stand as the default of any type.
     """
     bounds = {"minimum": minimum, "above": above, "below": below}
-    metadata = {"bounds": {k: v for k, v in bounds.items() if v is not None}, "aliases": aliases}
+    metadata = {
+        "bounds": {k: v for k, v in bounds.items() if v is not None},
+        "aliases": aliases,
+        "decides_result": decides_result,
+    }
     if default_factory is not dataclasses.MISSING:
         return dataclasses.field(default_factory=default_factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

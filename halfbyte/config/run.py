@@ -13,6 +13,7 @@ from halfbyte.config.data import DataSection
 from halfbyte.config.lora import LoraSection
 from halfbyte.config.memory import MemorySection
 from halfbyte.config.model import ModelSection, QuantSection
+from halfbyte.config.option import option
 from halfbyte.config.train import TrainSection
 from halfbyte.config.values import check_section
 from halfbyte.errors import ConfigError
@@ -28,7 +29,7 @@ class RunConfig:
     lora: LoraSection = dataclasses.field(default_factory=LoraSection)
     train: TrainSection = dataclasses.field(default_factory=TrainSection)
     memory: MemorySection = dataclasses.field(default_factory=MemorySection)
-    output_dir: str | None = None
+    output_dir: str | None = option(None, decides_result=False)
     """Folder for adapter, checkpoints, logs and summary. none: runs/<model>-<data>-<number>."""
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ class TrainSection:
     gradient_accumulation_steps."""
     per_device_train_batch_size: int = option(4, minimum=1)
     """Rows a micro-batch: packed rows of data.max_length tokens, or padded examples."""
-    per_device_eval_batch_size: int | None = option(None, minimum=1)
+    per_device_eval_batch_size: int | None = option(None, minimum=1, decides_result=False)
     """The same for held-out data. none: as in training."""
     gradient_accumulation_steps: int = option(1, minimum=1)
     """Micro-batches an optimizer step. The loss is the mean over all their trained tokens."""
@@ -81,32 +81,38 @@ class TrainSection:
     fp8: bool = False
     """Multiply frozen weights in fp8, adapters still in 16 bits: faster, but what the model computes is rounded more
     coarsely. Needs fused blocks, model.dtype=bfloat16, and an NVIDIA GPU that has fp8 (Ada, Hopper or newer)."""
-    gradient_checkpointing: Literal["auto", "offload"] | bool = "auto"
+    gradient_checkpointing: Literal["auto", "offload"] | bool = option("auto", decides_result=False)
     """Compute activations again in the backward pass instead of keeping them. auto: where they would not fit.
     offload: put them into host memory instead, as far as that is faster; fused blocks on a GPU only."""
     group_by_length: bool = False
     """Batch examples of like length; for data.packing=false."""
-    logging_steps: int = option(10, minimum=1)
+    on_bad_step: Literal["stop", "skip"] = option("stop", decides_result=False)
+    """What to do at a step whose loss or gradient is not finite. Nothing of it is applied either way, and its examples
+    are kept in bad_batches. skip: up to 9 in a row."""
+    loss_spike: float | None = option(None, above=1, decides_result=False)
+    """From the 20th step on, a loss that is so many times the running mean is bad too. none: never."""
+    logging_steps: int = option(10, minimum=1, decides_result=False)
     """Optimizer steps between two logged losses; the first and the last are logged always."""
-    eval_steps: int | None = option(None, minimum=1)
+    eval_steps: int | None = option(None, minimum=1, decides_result=False)
     """Optimizer steps between two held-out evaluations. none: at the end of each epoch."""
-    save_steps: int | None = option(None, minimum=1)
+    save_steps: int | None = option(None, minimum=1, decides_result=False)
     """Optimizer steps between two checkpoints. none: at the end of each epoch."""
-    save_total_limit: int | None = option(2, minimum=1)
-    """Checkpoints kept, the newest. none: all."""
-    report_to: tuple[str, ...] = ("tensorboard",)
+    save_total_limit: int | None = option(2, minimum=1, decides_result=False)
+    """Checkpoints kept, the newest; the one with the lowest held-out loss stays besides. none: all."""
+    report_to: tuple[str, ...] = option(("tensorboard",), decides_result=False)
     """Loggers by their transformers names (tensorboard, wandb, mlflow, trackio, ...). none: no logger."""
     seed: int = option(42, minimum=0)
     """Of adapters, data order and dropout."""
-    dataloader_num_workers: int = option(0, minimum=0)
+    dataloader_num_workers: int = option(0, minimum=0, decides_result=False)
     """Processes that prepare batches beside the one that trains."""
-    num_samples: int = option(3, minimum=0)
+    num_samples: int = option(3, minimum=0, decides_result=False)
     """Held-out questions whose answers are shown before and after."""
-    max_sample_tokens: int = option(96, minimum=1)
+    max_sample_tokens: int = option(96, minimum=1, decides_result=False)
     """Longest such answer."""
-    resume: bool = False
-    """Go on from the last checkpoint in the output folder."""
-    overwrite: bool = False
+    resume: Literal["auto"] | bool = option("auto", decides_result=False)
+    """Go on from the last checkpoint in the output folder. auto: where a run of these options was cut short there.
+    true: always, also for more epochs or steps than before. false: never."""
+    overwrite: bool = option(False, decides_result=False)
     """Replace the run that the output folder holds."""
 
     def __post_init__(self) -> None:
@@ -121,5 +127,5 @@ class TrainSection:
             raise ConfigError("train.bf16 and train.fp16 are both true; choose one")
         if self.fp8 and not self.fused:
             raise ConfigError("train.fp8 is true and train.fused false, but only fused blocks multiply in fp8")
-        if self.resume and self.overwrite:
+        if self.resume is True and self.overwrite:
             raise ConfigError("train.resume and train.overwrite are both true; choose one")

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from halfbyte.device import default_compute_dtype, default_device
+from halfbyte.distributed import enter_world
 from halfbyte.errors import ConfigError
 from halfbyte.hf.said import refuse_unknown, refuse_unless_default, say
 from halfbyte.models import load_config, load_model, resolve_source
@@ -187,7 +188,8 @@ def _quantization(kwargs: dict[str, Any]) -> BitsAndBytesConfig | None:
 
 
 def _device(device_map: Any) -> str:
-    """The one device that `device_map` names; "auto" is the first GPU, else the CPU."""
+    """The one device that `device_map` names; "auto" is this rank's GPU under torchrun, the first one, or the CPU."""
+    enter_world(on_cpu=device_map in ("cpu", {"": "cpu"}))
     if device_map in (None, "auto", "balanced", "sequential"):
         return str(default_device())
     if isinstance(device_map, dict) and set(device_map) == {""}:

@@ -112,9 +112,20 @@ class CostModel:
         return StepTime(
             micro_batch_seconds=sum(passes) + outer,
             num_micro_batches=-(-self.run.batch_rows // choice.rows),
-            optimizer_seconds=self._optimizer(),
+            optimizer_seconds=self._optimizer() + self.exchange_seconds,
             link_bound=sum(passes) > 1.02 * (forward + backward),
         )
+
+    @property
+    def exchange_bytes(self) -> int:
+        """What a rank sends, and receives, when the gradients of all are added up in a ring."""
+        ranks = self.run.ranks
+        return 2 * (ranks - 1) * 4 * self.ledgers.adapter_numbers // ranks
+
+    @property
+    def exchange_seconds(self) -> float:
+        """Of that, with nothing computed meanwhile."""
+        return self.exchange_bytes / (self.run.peer_gbps * 1e9)
 
     def _time_block(self, policy: Policy, tokens: int) -> _Pass:
         shape, weights = self.shape, self.shape.block_weights

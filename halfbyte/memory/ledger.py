@@ -146,11 +146,14 @@ class LedgerMaker:
             slots = min(choice.slots, choice.streamed_blocks)
             at_home = min(READ_BUFFERS, choice.streamed_blocks) if choice.spills else choice.streamed_blocks
             note = f", {at_home} buffers on the host, the rest in files" if choice.spills else ""
+            # Buffers are a rank's own; memory to be read from is there once for all of a host.
+            sharers = 1 if choice.spills else self.run.host_ranks
+            note += f", one copy for {sharers} ranks" if sharers > 1 else ""
             entries.append(
                 Entry(
                     f"{what} of {choice.streamed_blocks} blocks that visit it",
                     slots * self.slab_bytes,
-                    at_home * self.slab_bytes,
+                    at_home * self.slab_bytes // sharers,
                     f"{slots} slots on the device{note}",
                 )
             )
@@ -365,7 +368,7 @@ def slack_bytes(shape: ModelShape, run: RunShape, tokens: int) -> int:
     Qwen2.5-7B's, 3.9 on Qwen3-4B's.
     """
     hidden = tokens * shape.width * run.compute_bytes
-    return 100 * MIB + 2 * hidden if run.expandable_segments else 224 * MIB + 8 * hidden
+    return 120 * MIB + 2 * hidden if run.expandable_segments else 224 * MIB + 8 * hidden
 
 
 def _aligned(num_bytes: int) -> int:

@@ -97,8 +97,8 @@ class MemoryPlan:
     """The one that takes least of those that are noticeably faster, whatever the card has."""
 
     def tokens_per_second(self, candidate: Candidate) -> float:
-        """Return the predicted speed of a candidate."""
-        return self.run.batch_rows * self.run.row_tokens / candidate.time.seconds
+        """Return the predicted speed of a candidate, of all ranks together."""
+        return self.run.ranks * self.run.batch_rows * self.run.row_tokens / candidate.time.seconds
 
 
 def make_plan(shape: ModelShape, run: RunShape, card: Card, budget: Budget, *, pins: Pins = NO_PINS) -> MemoryPlan:

@@ -9,6 +9,8 @@ from typing import Any
 
 from halfbyte.errors import PlanError
 from halfbyte.memory.activation_policy import Policy, describe_policies
+from halfbyte.memory.cost_model import CostModel
+from halfbyte.memory.ledger import LedgerMaker
 from halfbyte.memory.plan import NO_PINS, Candidate, MemoryPlan, Pins, make_plan
 from halfbyte.memory.run_shape import RunShape
 
@@ -49,7 +51,8 @@ def describe_task(plan: MemoryPlan) -> str:
     place = f"{card.name}, {size_of(plan.budget.device_bytes)} of it, and " if card.is_gpu else f"{card.name}, "
     return (
         f"plan: {shape.name}, {shape.num_parameters / 1e9:.3g} billion weights {bits}, rank {run.rank}; "
-        f"{run.batch_rows} x {run.row_tokens} tokens a step, on {place}{size_of(plan.budget.host_bytes)} of host memory"
+        f"{run.ranks * run.batch_rows} x {run.row_tokens} tokens a step, on "
+        f"{f'each of {run.ranks}: ' if run.ranks > 1 else ''}{place}{size_of(plan.budget.host_bytes)} of host memory"
     )
 
 
@@ -65,6 +68,13 @@ def describe_choice(plan: MemoryPlan, candidate: Candidate) -> list[str]:
         parts.append("weights: all on the device")
     if choice.embedding_on_host:
         parts.append("embedding: in host memory")
+    if run.ranks > 1:
+        has = "the whole base" if not choice.streamed_blocks else "the blocks that stay, and a share in one host copy"
+        costs = CostModel(LedgerMaker(plan.shape, run, plan.card))
+        parts.append(
+            f"ranks: each of {run.ranks} has {has}; gradients are added up once a step, "
+            f"{size_of(costs.exchange_bytes)} in {1e3 * costs.exchange_seconds:.0f} ms at {run.peer_gbps:g} GB/s"
+        )
     if run.fused:
         parts.append(f"activations: {describe_policies(choice.policy_of_blocks, POLICY_WORDS)}")
     else:

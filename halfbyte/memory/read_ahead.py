@@ -24,8 +24,9 @@ from typing import Protocol
 
 import torch
 
+from halfbyte.memory.host_memory import allocate_pinned
 from halfbyte.memory.run_shape import READ_BUFFERS
-from halfbyte.memory.weight_slab import WeightSlab, allocate_pinned
+from halfbyte.memory.weight_slab import WeightSlab
 
 
 class Done(Protocol):

@@ -9,7 +9,7 @@ from typing import Literal
 from halfbyte.config import RunConfig
 from halfbyte.config.adapter_init import alters_base
 from halfbyte.device import ALLOCATOR_VARIABLES, EXPANDABLE_SEGMENTS
-from halfbyte.errors import PlanError
+from halfbyte.errors import ConfigError, PlanError
 from halfbyte.memory.activation_policy import Policy
 from halfbyte.memory.model_shape import PROJECTIONS
 from halfbyte.memory.plan import MemoryPlan, Pins
@@ -27,6 +27,8 @@ def run_shape_of(
     compute_bytes: Literal[2, 4],
     expandable_segments: bool = True,
     is_fusable: bool = True,
+    ranks: int = 1,
+    host_ranks: int = 1,
 ) -> RunShape:
     """Return what a configuration asks for.
 
@@ -35,6 +37,8 @@ def run_shape_of(
         compute_bytes: Of a number in the dtype that products will run in.
         expandable_segments: Whether torch's allocator may grow its segments.
         is_fusable: Whether fused blocks compute the model's layers, unless they are off.
+        ranks: Processes that train together; the configuration is that of one.
+        host_ranks: Of them, those on one host.
 
     Raises:
         PlanError: It asks for what no plan knows the size of.
@@ -48,6 +52,8 @@ def run_shape_of(
     return RunShape(
         row_tokens=config.data.max_length,
         batch_rows=batch_rows_of(config),
+        ranks=ranks,
+        host_ranks=host_ranks,
         rank=max(lora.rank, *lora.rank_pattern.values()) if lora.rank_pattern else lora.rank,
         dora=lora.dora,
         keeps_first=alters_base(lora.init, lora.loftq_iterations),
@@ -66,6 +72,20 @@ def run_shape_of(
         trained_whole=lora.modules_to_save,
         may_spill=config.memory.spill_folder is not None,
     )
+
+
+def share_of_batch(config: RunConfig, ranks: int) -> RunConfig:
+    """Return the configuration of one of several ranks: train.batch_size is that of all together.
+
+    Raises:
+        ConfigError: They cannot share it evenly.
+    """
+    rows = config.train.batch_size
+    if ranks == 1 or rows is None:
+        return config
+    if rows % ranks:
+        raise ConfigError(f"train.batch_size is {rows}, which {ranks} ranks cannot share; choose a multiple")
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=rows // ranks))
 
 
 def batch_rows_of(config: RunConfig) -> int:

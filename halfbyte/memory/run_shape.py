@@ -22,7 +22,13 @@ class RunShape:
     row_tokens: int = 1024
     """Tokens of a row."""
     batch_rows: int = 4
-    """Rows of an optimizer step."""
+    """Rows of an optimizer step; of several ranks, those of one."""
+    ranks: int = 1
+    """Processes that train together, each on a card of its own."""
+    host_ranks: int = 1
+    """Of them, those on one host, which share what visits their cards."""
+    peer_gbps: float = 10.0
+    """Bytes a second that a rank exchanges with others when gradients are added up, in 1e9."""
     rank: int = 16
     """Of every adapter."""
     dora: bool = False

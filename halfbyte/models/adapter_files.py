@@ -96,15 +96,44 @@ def save_adapter(
         spec: What the adapters were made of.
         revision: Of the base, where it is a hub id.
     """
-    tensors = adapter_state_dict(model)
+    pack_adapter(model, base_model=base_model, spec=spec, revision=revision).write(folder)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterContent:
+    """What an adapter's files are written from."""
+
+    tensors: Mapping[str, torch.Tensor]
+    """Under PEFT's keys, fp32 on the CPU."""
+    description: str
+    """Of adapter_config.json."""
+    metadata: Mapping[str, str]
+    """Of the weights' file."""
+
+    def write(self, folder: Path) -> None:
+        """Write both files, each whole or not at all, into a folder that is made if it is not there."""
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / WEIGHTS_FILE, save(dict(self.tensors), metadata=dict(self.metadata)))
+        _replace(folder / CONFIG_FILE, self.description.encode())
+
+
+def pack_adapter(
+    model: PreTrainedModel, *, base_model: str, spec: LoraSpec, revision: str | None = None
+) -> AdapterContent:
+    """Return the adapters of a model as PEFT would write them; arguments as for `save_adapter`.
+
+    On a CPU the tensors may be the model's own.
+    """
     adapted = [path for path, _ in iter_lora(model)]
     is_split = any(layer.taken_A is not None for _, layer in iter_lora(model))
     if is_split:
         spec = spec.with_ranks_times(2)
     values = make_adapter_config(spec, base_model=base_model, adapted=adapted, model=model, revision=revision)
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt", **(HALVES if is_split else {})}))
-    _replace(folder / CONFIG_FILE, adapter_config_text(values).encode())
+    return AdapterContent(
+        tensors=adapter_state_dict(model),
+        description=adapter_config_text(values),
+        metadata={"format": "pt", **(HALVES if is_split else {})},
+    )
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:

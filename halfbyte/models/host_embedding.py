@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from halfbyte.memory.weight_slab import allocate_pinned
+from halfbyte.memory.host_memory import allocate_pinned
 from halfbyte.models.half_storage import HalfEmbedding
 from halfbyte.ops.gather_rows import gather_rows
 

@@ -18,10 +18,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from halfbyte.distributed import current_world
 from halfbyte.errors import ConfigError
 from halfbyte.memory.block_streamer import BlockStreamer
+from halfbyte.memory.host_memory import allocate_on_disk, allocate_pinned, allocate_shared
 from halfbyte.memory.run_shape import DEFAULT_SLOTS
-from halfbyte.memory.weight_slab import WeightSlab, allocate_on_disk, allocate_pinned, slab_bytes
+from halfbyte.memory.weight_slab import WeightSlab, slab_bytes
 from halfbyte.models.fused_layers import STREAMED, FusedLayer, iter_decoder_layers
 from halfbyte.nn.linear import Linear4bit
 from halfbyte.nn.streamed_block import StreamedBlock, quantized_layers
@@ -157,14 +159,21 @@ def is_streamed(model: nn.Module) -> bool:
 def make_slab(
     weights: Mapping[str, QuantizedTensor], device: torch.device, *, spill_folder: Path | None = None
 ) -> WeightSlab:
-    """Put the weights of a block into host memory from which `device` can be fed, or into a file."""
-    num_bytes = slab_bytes(weights)
+    """Put the weights of a block into host memory from which `device` can be fed, or into a file.
+
+    The ranks of a host have one copy, which the first of them writes.
+    """
+    num_bytes, world = slab_bytes(weights), current_world()
+    file, on_gpu = None, device.type == "cuda"
     if spill_folder is not None:
-        memory, file = allocate_on_disk(num_bytes, spill_folder)
-        return WeightSlab(weights, memory, file=file)
-    on_gpu = device.type == "cuda"
-    memory = allocate_pinned(num_bytes) if on_gpu else torch.empty(num_bytes, dtype=torch.uint8)
-    return WeightSlab(weights, memory)
+        memory, file = allocate_on_disk(num_bytes, spill_folder, world)
+    elif world.local_size > 1:
+        memory = allocate_shared(num_bytes, world, is_pinned=on_gpu)
+    else:
+        memory = allocate_pinned(num_bytes) if on_gpu else torch.empty(num_bytes, dtype=torch.uint8)
+    slab = WeightSlab(weights, memory, file=file, is_filled=world.local_rank > 0)
+    world.wait()
+    return slab
 
 
 def spread(count: int, total: int) -> set[int]:

@@ -10,14 +10,19 @@ and bf16=True needs no GPU.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
-from collections.abc import Callable, Mapping
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
 
+from halfbyte.distributed import current_world
 from halfbyte.errors import ConfigError
 from halfbyte.train.loggers import check_loggers
 
@@ -44,8 +49,11 @@ CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 
 # Options of transformers that this loop does not honour, with what they must be and the way out.
 _UNUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "deepspeed": (lambda value: not value, "one process trains; sharding is not built in"),
-    "fsdp": (lambda value: not value, "one process trains; sharding is not built in"),
+    "deepspeed": (
+        lambda value: not value,
+        "under torchrun every rank has the whole base; it is not divided between cards",
+    ),
+    "fsdp": (lambda value: not value, "under torchrun every rank has the whole base"),
     "torch_compile": (lambda value: not value, "the loop calls the layers of the model itself"),
     "use_liger_kernel": (lambda value: not value, "the loss is chunked already"),
     "auto_find_batch_size": (lambda value: not value, "set per_device_train_batch_size"),
@@ -83,7 +91,10 @@ class HalfbyteArguments(TrainingArguments):
         self.overwrite_output_dir: bool = options.pop("overwrite_output_dir", False)
         default_loggers = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
         options.setdefault("report_to", default_loggers)
-        super().__init__(output_dir=output_dir, **options)
+        if not current_world().is_main:
+            options["report_to"] = "none"
+        with _deaf_to("transformers.training_args") if current_world().size > 1 else contextlib.nullcontext():
+            super().__init__(output_dir=output_dir, **options)
 
     def __post_init__(self) -> None:
         wanted = {"bf16": self.bf16, "fp16": self.fp16}
@@ -105,8 +116,30 @@ class HalfbyteArguments(TrainingArguments):
             value = getattr(self, name, None)
             if not fits(value):
                 raise ConfigError(f"{name}={value!r} cannot be honoured: {why}; leave it out")
-        if self.world_size > 1:
-            raise ConfigError(f"{self.world_size} processes were started, but one process trains; start one")
+        if self.parallel_mode == ParallelMode.DISTRIBUTED:
+            raise ConfigError(
+                "torchrun has started this process, which has not joined; call halfbyte.join_world() first"
+            )
+
+    def describe_steps(self, num_batches: int, *, row_tokens: int | None, ranks: int) -> str:
+        """Say how many steps a run has, and what each of them holds.
+
+        Args:
+            num_batches: Micro-batches of an epoch, of one rank.
+            row_tokens: Of a packed row; None where examples are padded.
+            ranks: How many take part.
+        """
+        optimizer, scheduler = (getattr(name, "value", name) for name in (self.optim, self.lr_scheduler_type))
+        per_epoch = max(math.ceil(num_batches / self.gradient_accumulation_steps), 1)
+        steps = self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * per_epoch)
+        kind = f"rows of {row_tokens} tokens" if row_tokens else "padded examples"
+        times = f"{self.gradient_accumulation_steps} x " if self.gradient_accumulation_steps > 1 else ""
+        times += f"{ranks} ranks x " if ranks > 1 else ""
+        return (
+            f"run: {steps} steps ({steps / per_epoch:.3g} epochs of {per_epoch}), each of "
+            f"{times}{self.per_device_train_batch_size} {kind}; {optimizer}, learning rate {self.learning_rate:g}, "
+            f"{scheduler} after {self.get_warmup_steps(steps)} steps of warmup"
+        )
 
     def set_checkpointing(self, on: bool) -> None:
         """Say, under the names that the installed Trainer reads, whether activations are computed again."""
@@ -116,6 +149,18 @@ class HalfbyteArguments(TrainingArguments):
                 # The embedding is frozen, so the first block's input has no gradient, which only this kind stands.
                 kwargs = getattr(self, f"{name}_kwargs") or {}
                 setattr(self, f"{name}_kwargs", {**kwargs, "use_reentrant": False})
+
+
+@contextlib.contextmanager
+def _deaf_to(logger_name: str) -> Iterator[None]:
+    """Keep a library from warning that it was not told of ranks that it is not to know of."""
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def translate_names(options: Mapping[str, Any]) -> dict[str, Any]:

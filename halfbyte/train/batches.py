@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
 
 from halfbyte.data.collate import collate_packed, collate_padded
 from halfbyte.data.examples import TokenizedExample
-from halfbyte.data.packing import IGNORE_INDEX, PackedDataset, PackedRow
+from halfbyte.data.packing import IGNORE_INDEX, PackedDataset, PackedRow, make_row
 from halfbyte.data.sampler import LengthGroupedSampler, ShuffledSampler
+from halfbyte.distributed import ALONE, World
 from halfbyte.models.attention import DocumentLayout
 from halfbyte.ops.cross_entropy import find_trained_tokens
 
@@ -38,11 +42,24 @@ class BatchOptions:
 
 
 class EpochBatches(BatchSampler):
-    """torch's batches of indices, told the epoch."""
+    """torch's batches of indices, told the epoch; of every `of` of them the one numbered `part`.
 
-    def __init__(self, sampler: Sampler[int], batch_size: int, drop_last: bool, source: Any) -> None:
+    All parts have as many batches. Where they do not come out even, the last of some hold nothing.
+    """
+
+    def __init__(
+        self, sampler: Sampler[int], batch_size: int, drop_last: bool, source: Any, *, part: int = 0, of: int = 1
+    ) -> None:
         super().__init__(sampler, batch_size, drop_last)
-        self.source = source
+        self.source, self.part, self.of = source, part, of
+
+    def __len__(self) -> int:
+        return -(-super().__len__() // self.of)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = super().__iter__()
+        while turn := list(itertools.islice(batches, self.of)):
+            yield turn[self.part] if self.part < len(turn) else []
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch's order; transformers calls this also where it skips batches of a resumed epoch."""
@@ -60,7 +77,13 @@ class EpochLoader(DataLoader[Any]):
 
 
 def build_loader(
-    examples: Sequence[TokenizedExample], options: BatchOptions, *, batch_size: int, seed: int, **loader_options: Any
+    examples: Sequence[TokenizedExample],
+    options: BatchOptions,
+    *,
+    batch_size: int,
+    seed: int,
+    world: World = ALONE,
+    **loader_options: Any,
 ) -> EpochLoader:
     """Return a loader of collated batches.
 
@@ -69,6 +92,7 @@ def build_loader(
         options: How they become batches.
         batch_size: Packed rows, or padded examples, of a batch.
         seed: Decides the order, with the epoch.
+        world: Whose ranks share the batches: n of them see at a time what one would see in n.
         **loader_options: For torch's DataLoader; drop_last for the last batch where it is not full.
     """
     sampler: Sampler[int]
@@ -86,19 +110,24 @@ def build_loader(
     else:
         dataset = _Examples(examples)
         sampler = source = _padded_sampler(examples, options, batch_size=batch_size, seed=seed)
-    batches = EpochBatches(sampler, batch_size, loader_options.pop("drop_last", False), source)
+    drop_last = loader_options.pop("drop_last", False)
+    batches = EpochBatches(sampler, batch_size, drop_last, source, part=world.rank, of=world.size)
     # A generator of its own: torch's loaders otherwise draw from the global one, which dropout needs undisturbed.
     generator = torch.Generator().manual_seed(seed)
-    collate = _Collate(options.pad_id)
+    if loader_options.get("num_workers"):
+        loader_options["worker_init_fn"] = _ignore_interrupts
+    collate = _Collate(options.pad_id, row_tokens=options.row_tokens)
     return EpochLoader(dataset, batch_sampler=batches, collate_fn=collate, generator=generator, **loader_options)
 
 
-def iter_batches(examples: Sequence[TokenizedExample], options: BatchOptions, *, batch_size: int) -> Iterator[Batch]:
-    """Yield batches for evaluation: every example once, in a fixed order, nothing drawn at random."""
+def iter_batches(
+    examples: Sequence[TokenizedExample], options: BatchOptions, *, batch_size: int, world: World = ALONE
+) -> Iterator[Batch]:
+    """Yield batches for evaluation: every example once, in a fixed order, nothing at random; of a rank its own."""
     fixed = dataclasses.replace(options, is_shuffled=False, group_by_length=False)
     if fixed.row_tokens is None:
         examples = sorted(examples, key=len)
-    loader = build_loader(examples, fixed, batch_size=batch_size, seed=0)
+    loader = build_loader(examples, fixed, batch_size=batch_size, seed=0, world=world)
     for indices in loader.batch_sampler or ():
         yield loader.collate_fn([loader.dataset[index] for index in indices])
 
@@ -151,13 +180,14 @@ class _Examples(Dataset[TokenizedExample]):
 
 
 class _Collate:
-    """Rows or examples to a batch, with what the host wants to know."""
+    """Rows or examples to a batch, with what the host wants to know; none to a batch that trains nothing."""
 
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
+    def __init__(self, pad_id: int, *, row_tokens: int | None = None) -> None:
+        self.pad_id, self.row_tokens = pad_id, row_tokens
 
     def __call__(self, items: Sequence[PackedRow] | Sequence[TokenizedExample]) -> Batch:
         batch: Batch
+        items = items or self._nothing()
         if isinstance(items[0], PackedRow):
             rows = [row for row in items if isinstance(row, PackedRow)]
             batch = collate_packed(rows)
@@ -172,6 +202,16 @@ class _Collate:
             batch["num_tokens"] = sum(map(len, examples))
         batch["num_trained"] = int((batch["labels"] != IGNORE_INDEX).sum())
         return batch
+
+    def _nothing(self) -> Sequence[PackedRow] | Sequence[TokenizedExample]:
+        if self.row_tokens is not None:
+            return [make_row([], row_tokens=self.row_tokens, pad_id=self.pad_id)]
+        return [TokenizedExample(np.full(2, self.pad_id, dtype=np.int32), np.zeros(2, dtype=bool), "nothing")]
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Leave Ctrl-C, which reaches every process of a terminal, to the one that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _padded_sampler(

@@ -1,16 +1,21 @@
 """Checkpoints: written whole or not at all, and enough to go on bit for bit.
 
-A checkpoint-<step> folder holds the adapter in PEFT's files, and what the next step depends on besides:
+A checkpoint-<step> folder holds the adapter in PEFT's files, the tokenizer, and what the next step depends on besides:
 
     optimizer.pt      moments and step counts
     scheduler.pt      position in the learning rate schedule
-    random.pt         generators of python, numpy, torch's CPU and each GPU
+    random.pt         generators of python, numpy, torch's CPU and the GPU
+    guard.pt          the running mean of losses
     scaler.pt         the loss scale, where fp16 has one
     trainer_state.json   transformers' own: step, epoch, log; the step is the place in the data
-    run_state.json    fingerprint of the data, so that a run is not continued on other data
+    run_state.json    fingerprint of the data and more that a run may not be continued without
+    run.yaml          the options of the run, where it was started from some
+    manifest.json     size and checksum of all these, see `manifest`
 
 It is written into a temporary folder beside, flushed to the disk and renamed, so that a crash leaves the old state or
 the new one. Nothing in it is a pickle of code: all .pt files load under torch's weights-only loader.
+
+Names of folders decide what is newer, never a clock.
 """
 
 from __future__ import annotations
@@ -18,14 +23,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -39,8 +42,10 @@ from halfbyte.models.adapter_tokens import rows_key
 from halfbyte.nn import iter_lora
 from halfbyte.nn.attach import iter_saved
 from halfbyte.nn.vocabulary import iter_token_rows
+from halfbyte.train.manifest import find_damage
 
-OPTIMIZER_FILE, SCHEDULER_FILE, RANDOM_FILE, SCALER_FILE = "optimizer.pt", "scheduler.pt", "random.pt", "scaler.pt"
+OPTIMIZER_FILE, SCHEDULER_FILE, RANDOM_FILE = "optimizer.pt", "scheduler.pt", "random.pt"
+GUARD_FILE, SCALER_FILE = "guard.pt", "scaler.pt"
 RUN_STATE_FILE = "run_state.json"
 
 
@@ -48,63 +53,73 @@ RUN_STATE_FILE = "run_state.json"
 def write_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `folder` when the block ends without an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = _beside(folder, "new")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
         _flush(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
+        remove_folder(folder)
         os.rename(temporary, folder)
         _flush_entry(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Delete a folder, if it is there; never so that a part of it stays under its name."""
+    doomed = _beside(folder, "old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a crash in the middle of writing or deleting a checkpoint has left in the folder of a run."""
+    for leftover in folder.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(leftover)
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+    return sorted(found, key=step_of)
 
 
-def remove_old_checkpoints(folder: Path, *, keep: int | None, best: str | None) -> None:
-    """Delete all but the newest `keep` checkpoints, and never the best."""
+def step_of(checkpoint: Path) -> int:
+    """Return the step after which a checkpoint was made."""
+    return int(checkpoint.name.partition("-")[2])
+
+
+def remove_old_checkpoints(folder: Path, *, keep: int | None, spared: Collection[int]) -> None:
+    """Delete all but the newest `keep` checkpoints, and never those of the steps in `spared`."""
     for path in list_checkpoints(folder)[: -keep if keep else 0]:
-        if best is None or path.resolve() != Path(best).resolve():
-            shutil.rmtree(path)
+        if step_of(path) not in spared:
+            remove_folder(path)
 
 
-def read_random_state(device: torch.device) -> dict[str, Any]:
-    """Return the state of every random number generator of a run on `device`, as plain numbers and tensors."""
-    version, numbers, gauss = random.getstate()
-    numpy_state = np.random.get_state(legacy=False)
-    numpy_state["state"]["key"] = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
-    return {
-        "python": [version, list(numbers), gauss],
-        "numpy": numpy_state,
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
+def best_step(log: Iterable[Mapping[str, Any]], steps: Collection[int]) -> int | None:
+    """Return the one of `steps` after which the lowest held-out loss was logged, or None where it was for none."""
+    losses = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry and entry["step"] in steps}
+    return min(losses, key=lambda step: losses[step], default=None)
 
 
-def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put every random number generator back.
+def find_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path | None:
+    """Return the newest checkpoint of a run that is as it was written, or None where there is none.
 
-    Raises:
-        ConfigError: The run goes on on another kind of device, where dropout would draw other numbers.
+    Damaged ones are told and renamed to checkpoint-<step>.damaged, so that they neither count as checkpoints nor are
+    lost to whoever wants to look at them.
     """
-    if (state["cuda"] is not None) != (device.type == "cuda"):
-        kind = "a CPU" if state["cuda"] is None else "a GPU"
-        raise ConfigError(f"the checkpoint is of a run on {kind}; resume there, or start a new run from its adapter")
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    numpy_state = {**state["numpy"], "state": dict(state["numpy"]["state"])}
-    numpy_state["state"]["key"] = numpy_state["state"]["key"].numpy().astype(np.uint32)
-    np.random.set_state(numpy_state)
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
+    for path in reversed(list_checkpoints(folder)):
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        aside = path.with_name(f"{path.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(path, aside)
+        tell(f"{path.name} is damaged: {damage}. It is {aside.name} now, and the one before it is used")
+    return None
 
 
 @torch.no_grad()
@@ -182,12 +197,21 @@ def check_run_state(checkpoint: Path, expected: dict[str, Any]) -> None:
         raise FormatError(f"{checkpoint} is not a whole checkpoint: {path.name} is missing")
     found = json.loads(path.read_text(encoding="utf-8"))
     different = [name for name, value in expected.items() if found.get(name) != value]
+    if "data" in different:
+        raise ConfigError(
+            f"the training examples are not those of the run that {checkpoint} belongs to: the data, its template or "
+            "the tokenizer has changed since. Put it back, begin anew with --overwrite, or name another folder"
+        )
     if different:
         name = different[0]
         raise ConfigError(
             f"{checkpoint} belongs to a run with another {name} ({found.get(name)}, now {expected[name]}); resume with "
             "the same options and data, or start a new run"
         )
+
+
+def _beside(folder: Path, what: str) -> Path:
+    return folder.with_name(f".{folder.name}.{os.getpid()}.{what}.tmp")
 
 
 def _flush(folder: Path) -> None:

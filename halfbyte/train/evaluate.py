@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from halfbyte.distributed import ALONE, World
 from halfbyte.errors import DataError
 from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.modes import eval_mode
@@ -40,7 +41,11 @@ class HeldOut:
 
 
 def evaluate_loss(
-    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], *, loss_path: LossPath | None = None
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    loss_path: LossPath | None = None,
+    world: World = ALONE,
 ) -> HeldOut:
     """Measure a model on batches; with its adapters unless they are disabled around the call.
 
@@ -48,6 +53,7 @@ def evaluate_loss(
         model: The model.
         batches: As `halfbyte.train.batches` makes them.
         loss_path: How its loss is computed, where the caller has that already.
+        world: Whose ranks have the other batches.
 
     Raises:
         DataError: The batches hold no trained token.
@@ -60,6 +66,7 @@ def evaluate_loss(
         for batch in batches:
             total += loss_path.sum_losses(move_batch(batch, device))
             num_tokens += batch["num_trained"]
-    if num_tokens == 0:
+    loss, num_all = world.sum(total.item(), num_tokens)
+    if num_all == 0:
         raise DataError("the held-out examples have no token to predict; give longer ones")
-    return HeldOut(loss=total.item() / num_tokens, num_tokens=num_tokens)
+    return HeldOut(loss=loss / num_all, num_tokens=int(num_all))

@@ -22,7 +22,7 @@ first.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,8 @@ from halfbyte.train.batches import Batch, move_batch
 from halfbyte.train.loss import LossPath
 
 MAX_GRAPHS = 12
+# Of a gradient's place in memory.
+ALIGNMENT_BYTES = 256
 MIN_DOCUMENTS = 16
 TRAINED_STEPS = 8
 
@@ -85,15 +87,9 @@ class MicroBatches:
     def __init__(self, model: PreTrainedModel, loss_path: LossPath, *, as_graphs: bool) -> None:
         self.model, self.loss_path = model, loss_path
         self.device = compute_device_of(model)
-        is_fused = any(True for _ in iter_fused_layers(model))
-        on_gpu, attention = self.device.type == "cuda", model.config._attn_implementation
-        self.as_graphs = as_graphs and is_fused and on_gpu and loss_path.chunked and attention == PACKED_ATTENTION
-        # Angles that depend on the length are computed from what the device holds, on the host.
-        self.as_graphs = self.as_graphs and has_fixed_angles(model)
-        # Nor are lookups of single trained rows recorded: their gradients have not been tried in a capture.
-        self.as_graphs = self.as_graphs and not any(True for _ in iter_token_rows(model))
-        # So does the host where weights come from files.
-        self.as_graphs = self.as_graphs and not (self.streamer is not None and self.streamer.reads_files)
+        is_fused, on_gpu = any(True for _ in iter_fused_layers(model)), self.device.type == "cuda"
+        self.why_no_graphs = "as set" if not as_graphs else self._why_no_graphs(is_fused=is_fused)
+        """None where micro-batches are recorded; empty on a CPU, where there is nothing to record."""
         self.parameters = [parameter for _, parameter in iter_trainable(model)]
         self.seeds = dropout_seeds_of(model) if is_fused and on_gpu else None
         self.offload = offload_of(model) if is_fused else None
@@ -106,6 +102,35 @@ class MicroBatches:
         self._generation = -1
         self._pool_bytes = 0
 
+    def _why_no_graphs(self, *, is_fused: bool) -> str | None:
+        if self.device.type != "cuda":
+            return ""
+        streamer = self.streamer
+        reasons = {
+            "no fused blocks compute the model": not is_fused,
+            "the loss takes whole logits": not self.loss_path.chunked,
+            "attention is not our packed one": self.model.config._attn_implementation != PACKED_ATTENTION,
+            # The host computes them from what the device holds.
+            "angles depend on the length": not has_fixed_angles(self.model),
+            # Their gradients have not been tried in a capture.
+            "rows of single tokens are trained": any(True for _ in iter_token_rows(self.model)),
+            # The host waits for the disk.
+            "weights come from files": streamer is not None and streamer.reads_files,
+        }
+        return next((f"because {reason}" for reason, holds in reasons.items() if holds), None)
+
+    @property
+    def note(self) -> str:
+        """How its kernels are launched, for people."""
+        if self.why_no_graphs is None:
+            return "kernels of a micro-batch: launched as one graph, from the second of each shape on"
+        return f"kernels of a micro-batch: launched one by one, {self.why_no_graphs}" if self.why_no_graphs else ""
+
+    @property
+    def as_graphs(self) -> bool:
+        """Whether micro-batches are recorded."""
+        return self.why_no_graphs is None
+
     @property
     def streamer(self) -> BlockStreamer | None:
         """What brings weights to the device, if some live elsewhere by now."""
@@ -116,6 +141,7 @@ class MicroBatches:
         batch: Mapping[str, Any],
         *,
         num_items: float | None,
+        seed: int | None = None,
         factor: torch.Tensor | None = None,
         watch: Callable[[torch.Tensor], None] = lambda loss: None,
     ) -> torch.Tensor:
@@ -124,9 +150,12 @@ class MicroBatches:
         Args:
             batch: As the loader gives it.
             num_items: Trained tokens of the whole step.
+            seed: Decides everything that is drawn at random; without it torch's generators go on from where they are.
             factor: Of the loss before its backward, for fp16, which is never recorded.
             watch: Is shown the loss, before the backward where there is no graph.
         """
+        if seed is not None:
+            torch.manual_seed(seed)
         if self.seeds is not None:
             # Drawn on the host: nothing waits, and what is drawn does not depend on whether there is a graph.
             self._base.fill_(int(torch.randint(2**31, (), device="cpu")))
@@ -254,7 +283,7 @@ class MicroBatches:
             # Parameters have moved: what is recorded reads other memory.
             self._release_graphs()
             self._addresses = addresses
-            self._gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
+            self._gradients = lay_side_by_side(self.parameters)
         if all(p.grad is g for p, g in zip(self.parameters, self._gradients, strict=True)):
             return
         torch._foreach_zero_(self._gradients)
@@ -262,6 +291,17 @@ class MicroBatches:
             if parameter.grad is not None:
                 gradient.copy_(parameter.grad)
             parameter.grad = gradient
+
+
+def lay_side_by_side(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return zeros like some tensors, in one stretch of memory if they have one dtype, for ranks to add up as one."""
+    first = parameters[0]
+    if any(parameter.dtype != first.dtype for parameter in parameters):
+        return [torch.zeros_like(parameter) for parameter in parameters]
+    step = ALIGNMENT_BYTES // first.itemsize
+    sizes = [-(-parameter.numel() // step) * step for parameter in parameters]
+    pieces = first.new_zeros(sum(sizes)).split(sizes)
+    return [piece[: one.numel()].view(one.shape) for piece, one in zip(pieces, parameters, strict=True)]
 
 
 def pad_micro_batch(batch: Mapping[str, Any]) -> Batch:

@@ -6,6 +6,7 @@ import dataclasses
 
 from halfbyte.memory.activation_policy import Policy
 from halfbyte.nn import LoraSpec
+from halfbyte.train.bad_steps import OnBadStep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +29,12 @@ class TrainerOptions:
     """Learning rate of lora_B over that of everything else."""
     policies: tuple[Policy, ...] | None = None
     """What each fused block keeps for its backward, as planned; None decides by what is free."""
+    on_bad_step: OnBadStep = "stop"
+    """What to do with a step whose loss or gradient is not finite."""
+    loss_spike: float | None = None
+    """A loss that is so many times the running mean is bad too."""
+    config_text: str | None = None
+    """Of run.yaml, kept in every checkpoint."""
 
 
 DEFAULT_OPTIONS = TrainerOptions()

@@ -12,16 +12,23 @@ from pathlib import Path
 import torch
 
 from halfbyte.config import RunConfig
-from halfbyte.config.load import load_config as load_run_config
-from halfbyte.config.output import RUN_FILE
+from halfbyte.config.resolve import divide_for_ranks, find_run_config
 from halfbyte.device import free_bytes, resolve_compute_dtype
+from halfbyte.distributed import current_world
 from halfbyte.errors import ConfigError, PlanError
 from halfbyte.memory.activation_policy import Policy
 from halfbyte.memory.cards import CONTEXT_BYTES, Card
 from halfbyte.memory.model_shape import ModelShape
 from halfbyte.memory.plan import Budget, MemoryPlan, Pins, make_plan
 from halfbyte.memory.plan_text import show_plan, size_of, why_nothing_fits
-from halfbyte.memory.request import batch_rows_of, has_expandable_segments, pins_of, planned_config, run_shape_of
+from halfbyte.memory.request import (
+    batch_rows_of,
+    has_expandable_segments,
+    pins_of,
+    planned_config,
+    run_shape_of,
+    share_of_batch,
+)
 from halfbyte.memory.this_machine import card_of
 from halfbyte.models.shape import read_shape
 from halfbyte.models.streaming import Residency
@@ -58,7 +65,8 @@ def plan_run(config: RunConfig, device: torch.device) -> PlannedRun:
         PlanError: It does not fit by any plan.
         ConfigError: The model's configuration cannot be read.
     """
-    config = _like_the_run_before(config)
+    world = current_world()
+    config = share_of_batch(_like_the_run_before(config), world.size)
     card = card_of(device)
     budget = _measure_budget(config, device, card)
     if device.type == "cuda" and config.memory.gpu_bytes is not None:
@@ -72,6 +80,8 @@ def plan_run(config: RunConfig, device: torch.device) -> PlannedRun:
             compute_bytes=4 if computing.itemsize == 4 else 2,
             expandable_segments=has_expandable_segments(),
             is_fusable=shape.is_fusable,
+            ranks=world.size,
+            host_ranks=world.local_size,
         )
     except PlanError as error:
         return _unplanned(config, str(error))
@@ -93,11 +103,14 @@ def plan_run(config: RunConfig, device: torch.device) -> PlannedRun:
 
 
 def _measure_budget(config: RunConfig, device: torch.device, card: Card) -> Budget:
-    on_host = int(free_bytes(torch.device("cpu")) * USABLE_HOST_SHARE)
+    world = current_world()
+    on_host = int(free_bytes(torch.device("cpu")) * USABLE_HOST_SHARE) // world.local_size
     on_device = 0
     if card.is_gpu:
         # What is free is so beside the context that asking has made.
         on_device = min(free_bytes(device) + CONTEXT_BYTES, card.memory_bytes)
+    # All ranks must come to the same plan, and the poorest decides.
+    on_device, on_host = map(int, world.min(on_device, on_host))
     return Budget(
         device_bytes=min(on_device, config.memory.gpu_bytes or on_device),
         host_bytes=min(on_host, config.memory.host_bytes or on_host),
@@ -156,16 +169,7 @@ def _spill_folder(config: RunConfig) -> Path | None:
 
 def _like_the_run_before(config: RunConfig) -> RunConfig:
     """Divide the batch as the run that is continued did: its checkpoint goes on bit for bit only so."""
-    if not config.train.resume or config.train.batch_size is None or config.output_dir is None:
+    if config.train.resume is not True or config.output_dir is None:
         return config
-    path = Path(config.output_dir) / RUN_FILE
-    if not path.exists():
-        return config
-    before = load_run_config(path).train
-    train = dataclasses.replace(
-        config.train,
-        batch_size=None,
-        per_device_train_batch_size=before.per_device_train_batch_size,
-        gradient_accumulation_steps=before.gradient_accumulation_steps,
-    )
-    return dataclasses.replace(config, train=train)
+    before = find_run_config(Path(config.output_dir))
+    return config if before is None else divide_for_ranks(before, config, current_world().size)

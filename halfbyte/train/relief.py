@@ -42,6 +42,7 @@ class _Run:
 
     batch: Mapping[str, Any]
     num_items: float | None
+    seed: int
     factor: torch.Tensor | None
     watch: Watch
 
@@ -59,7 +60,6 @@ class Relief:
         self.micro_batches, self.num_tokens, self.tell = micro_batches, num_tokens, tell
         self.device = micro_batches.device
         self._step: list[_Run] = []
-        self._random_state: list[torch.Tensor] = []
 
     def close_step(self) -> None:
         """Forget the micro-batches of a step whose gradients are complete."""
@@ -70,6 +70,7 @@ class Relief:
         batch: Mapping[str, Any],
         *,
         num_items: float | None,
+        seed: int,
         factor: torch.Tensor | None,
         watch: Watch,
         again: Callable[[], None] = lambda: None,
@@ -79,6 +80,7 @@ class Relief:
         Args:
             batch: As the loader gives it.
             num_items: Trained tokens of the whole step.
+            seed: Decides what is drawn at random, when it is begun anew too.
             factor: Of the loss before its backward.
             watch: Is shown the loss.
             again: Is called before the step is begun anew.
@@ -86,32 +88,28 @@ class Relief:
         Raises:
             PlanError: Memory has run out, and no way is left.
         """
-        if not self._step:
-            self._random_state = self._read_random_state()
-        self._step.append(_Run(batch, num_items, factor, watch))
+        self._step.append(_Run(batch, num_items, seed, factor, watch))
         loss = self._try(self._step[-1:])
         while loss is None:
             self._relieve()
             again()
-            self._restart()
             loss = self._try(self._step)
         return loss
 
     def rehearse(self, batch: Mapping[str, Any]) -> None:
         """Compute a micro-batch for its memory alone: of batches of different sizes the largest, before all others."""
-        state = self._read_random_state()
-        self.run(batch, num_items=batch["num_trained"], factor=None, watch=lambda loss: None)
+        self.run(batch, num_items=batch["num_trained"], seed=0, factor=None, watch=lambda loss: None)
         self._step.clear()
         for parameter in self.micro_batches.parameters:
             parameter.grad = None
-        self._random_state = state
-        self._restart()
 
     def _try(self, runs: Sequence[_Run]) -> torch.Tensor | None:
         """Return the loss of the last of some micro-batches, or None where memory runs out."""
         try:
             losses = [
-                self.micro_batches.run(one.batch, num_items=one.num_items, factor=one.factor, watch=one.watch)
+                self.micro_batches.run(
+                    one.batch, num_items=one.num_items, seed=one.seed, factor=one.factor, watch=one.watch
+                )
                 for one in runs
             ]
         except torch.OutOfMemoryError:
@@ -132,15 +130,6 @@ class Relief:
                 "left; train with a smaller train.per_device_train_batch_size or data.max_length"
             )
         self.tell(f"out of memory on {self.device}: from now on {change}; the step is done again")
-
-    def _restart(self) -> None:
-        """Set random numbers back to where the step began."""
-        torch.set_rng_state(self._random_state[0])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(self._random_state[1], self.device)
-
-    def _read_random_state(self) -> list[torch.Tensor]:
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [])]
 
 
 def relieve_(model: PreTrainedModel, device: torch.device, *, num_tokens: int) -> str | None:

@@ -8,7 +8,9 @@ checkpoint-N/.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import time
 from pathlib import Path
 
@@ -16,17 +18,21 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.config import RunConfig, resolve_output_dir
-from halfbyte.config.load import save_run_config
+from halfbyte.config.held import hold
+from halfbyte.config.load import lasting_config, to_yaml
+from halfbyte.config.resolve import config_of_all
 from halfbyte.device import keep_freed_memory, resolve_device
+from halfbyte.distributed import World, current_world
 from halfbyte.nn import LoraSpec, adapters_disabled
 from halfbyte.train.callbacks import ProgressLine
 from halfbyte.train.continued import find_earlier
 from halfbyte.train.evaluate import HeldOut
 from halfbyte.train.loggers import check_loggers
 from halfbyte.train.planning import PlannedRun, plan_run
-from halfbyte.train.report import make_record, save_report
+from halfbyte.train.report import RunRecord, make_record, save_report
 from halfbyte.train.samples import Sample, answer_questions, choose_questions
-from halfbyte.train.setup import RunData, attach, build_arguments, load_base, load_data, prepare_folder
+from halfbyte.train.saver import saying_what_is_left
+from halfbyte.train.setup import RunData, attach, build_arguments, load_base, load_data, make_folder, prepare_folder
 from halfbyte.train.summary import Comparison, Summary, make_summary, print_summary
 from halfbyte.train.tokens import add_tokens
 from halfbyte.train.trainer import HalfbyteTrainer, TrainerOptions
@@ -55,7 +61,8 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
     """
     started = time.perf_counter()
     console = console or Console(stderr=True, highlight=False)
-    config = resolve_output_dir(config)
+    world = current_world()
+    config = _resolve_folder(config, world)
     check_loggers(config.train.report_to)
     device = resolve_device(config.model.device)
     if device.type == "cpu":
@@ -74,35 +81,58 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
     data = load_data(config, loaded.tokenizer, console)
     spec, report = attach(loaded, config, tokens=tokens, earlier=earlier)
     _say(console, report)
-    folder = prepare_folder(config)
-    save_run_config(config, folder)
-    progress = ProgressLine(console)
-    trainer = HalfbyteTrainer(
-        loaded.model,
-        build_arguments(config, on_cpu=loaded.report.device.type == "cpu", has_held_out=data.held_out is not None),
-        train_dataset=data.train.examples,
-        eval_dataset=None if data.held_out is None else data.held_out.examples,
-        processing_class=loaded.tokenizer,
-        callbacks=[progress],
-        options=_trainer_options(config, spec, planned),
-    )
-    for line in (*trainer.notes, trainer.describe_plan(), f"writing to {folder}"):
-        _say(console, line)
-    judge = _Judge(trainer, data, config)
-    before = judge.ask_base()
-    if before.held_out is not None:
-        _say(console, f"before training: held-out {before.held_out}")
-    try:
-        trainer.train(resume_from_checkpoint=config.train.resume)
-    finally:
-        progress.close()
-    comparison = judge.compare(before, judge.ask_tuned())
-    summary = make_summary(trainer, report, comparison, seconds=time.perf_counter() - started)
-    summary.save(folder)
-    save_report(make_record(trainer, summary, config=config, folder=folder, data=data.train.report, plan=planned.plan))
+    folder = make_folder(config)
+    with hold(folder) if world.is_main else contextlib.nullcontext():
+        checkpoint = prepare_folder(folder, config, functools.partial(_say, console))
+        progress = ProgressLine(console)
+        trainer = HalfbyteTrainer(
+            loaded.model,
+            build_arguments(config, on_cpu=loaded.report.device.type == "cpu", has_held_out=data.held_out is not None),
+            train_dataset=data.train.examples,
+            eval_dataset=None if data.held_out is None else data.held_out.examples,
+            processing_class=loaded.tokenizer,
+            callbacks=[progress],
+            options=_trainer_options(config, spec, planned),
+        )
+        for line in (*trainer.notes, trainer.describe_plan(), f"writing to {folder}"):
+            _say(console, line)
+        comparison = _train_and_compare(trainer, _Judge(trainer, data, config), progress, checkpoint)
+        summary = make_summary(trainer, report, comparison, seconds=time.perf_counter() - started)
+        record = make_record(trainer, summary, config=config, folder=folder, data=data.train.report, plan=planned.plan)
+        if world.is_main:
+            _save_results(record, folder)
     print_summary(console, summary, folder)
     loaded.model.eval()
     return RunResult(output_dir=folder, model=loaded.model, tokenizer=loaded.tokenizer, summary=summary)
+
+
+def _resolve_folder(config: RunConfig, world: World) -> RunConfig:
+    """Return the configuration with an output folder, and whether its run goes on; all ranks as the first sees it."""
+    config = resolve_output_dir(config, ranks=world.size)
+    folder, resume = world.gather([config.output_dir, config.train.resume])[0]
+    return dataclasses.replace(config, output_dir=folder, train=dataclasses.replace(config.train, resume=resume))
+
+
+def _save_results(record: RunRecord, folder: Path) -> None:
+    with saying_what_is_left(folder):
+        save_report(record)
+        # Last of all: it says that the run is complete.
+        record.summary.save(folder)
+
+
+def _train_and_compare(
+    trainer: HalfbyteTrainer, judge: _Judge, progress: ProgressLine, checkpoint: str | None
+) -> Comparison:
+    before = judge.ask_base()
+    if before.held_out is not None:
+        _say(progress.console, f"before training: held-out {before.held_out}")
+    try:
+        with trainer.interruption.listening():
+            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.interruption.raise_stop(trainer.state.global_step, trainer.saver)
+    finally:
+        progress.close()
+    return judge.compare(before, judge.ask_tuned())
 
 
 def _trainer_options(config: RunConfig, spec: LoraSpec, planned: PlannedRun) -> TrainerOptions:
@@ -115,6 +145,9 @@ def _trainer_options(config: RunConfig, spec: LoraSpec, planned: PlannedRun) -> 
         fp8=config.train.fp8,
         loraplus_lr_ratio=config.train.loraplus_lr_ratio,
         policies=planned.policies,
+        on_bad_step=config.train.on_bad_step,
+        loss_spike=config.train.loss_spike,
+        config_text=to_yaml(lasting_config(config_of_all(config, current_world().size))),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.config import DataSection, LoraSection, RunConfig
 from halfbyte.config.adapter_init import begins_from_weights
-from halfbyte.config.output import REPORT_FILE, RUN_FILES
+from halfbyte.config.load import save_run_config
+from halfbyte.config.output import REPORT_FILE, RUN_FILES, SUMMARY_FILE
+from halfbyte.config.resolve import config_of_all
 from halfbyte.data import (
     Example,
     PreparedData,
@@ -26,6 +29,7 @@ from halfbyte.data import (
     token_spans,
 )
 from halfbyte.data.template_tokens import find_split_markers
+from halfbyte.distributed import current_world
 from halfbyte.errors import ConfigError
 from halfbyte.models import LoadedModel, load_model
 from halfbyte.models.adapter_files import load_adapter
@@ -35,7 +39,7 @@ from halfbyte.models.weight_splits import NewSplits
 from halfbyte.nn import AdapterReport, LoraSpec, attach_adapters, iter_lora
 from halfbyte.quant import QuantSpec
 from halfbyte.train.arguments import HalfbyteArguments
-from halfbyte.train.checkpoint import list_checkpoints
+from halfbyte.train.checkpoint import find_checkpoint, list_checkpoints, remove_leftovers, step_of
 from halfbyte.train.continued import EarlierAdapter, check_targets
 from halfbyte.train.samples import printable
 from halfbyte.train.tokens import RunTokens, spec_with_tokens, start_new_tokens_
@@ -56,6 +60,8 @@ NOT_ARGUMENTS = {
     "fp8",
     "batch_size",
     "loraplus_lr_ratio",
+    "on_bad_step",
+    "loss_spike",
 }
 
 
@@ -69,19 +75,54 @@ class RunData:
     renderer: Renderer
 
 
-def prepare_folder(config: RunConfig) -> Path:
-    """Make the output folder, and empty it of an old run where that is to be replaced."""
+def make_folder(config: RunConfig) -> Path:
+    """Make the output folder, where it is not there.
+
+    Raises:
+        ConfigError: The system does not allow it.
+    """
     assert config.output_dir is not None
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".checkpoint-*.tmp"):
-        shutil.rmtree(leftover)
-    if config.train.overwrite:
-        for path in (*list_checkpoints(folder), folder / "logs"):
-            shutil.rmtree(path, ignore_errors=True)
-        for name in (*RUN_FILES, REPORT_FILE):
-            (folder / name).unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be made: {error.strerror}; name another folder with --output") from error
     return folder
+
+
+def prepare_folder(folder: Path, config: RunConfig, say: Callable[[str], None]) -> str | None:
+    """Clear away what a crash has left, and an old run where that is to be replaced; the first rank does it for all.
+
+    Args:
+        folder: Of the run; no other process trains into it.
+        config: Of the run.
+        say: Is told of damaged checkpoints, and from where the run goes on.
+
+    Returns:
+        The checkpoint to go on from, or None to begin anew.
+
+    Raises:
+        ConfigError: The folder cannot be written to.
+    """
+    world = current_world()
+    return world.gather(_prepare_folder(folder, config, say) if world.is_main else None)[0]
+
+
+def _prepare_folder(folder: Path, config: RunConfig, say: Callable[[str], None]) -> str | None:
+    try:
+        remove_leftovers(folder)
+        _remove_old_run(folder, config)
+        save_run_config(config_of_all(config, current_world().size), folder)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written to: {error.strerror}; name another with --output") from error
+    if config.train.resume is not True:
+        return None
+    checkpoint = find_checkpoint(folder, say)
+    if checkpoint is None:
+        say(f"no checkpoint in {folder} is whole, so the run begins anew")
+        return None
+    say(f"going on after step {step_of(checkpoint)}, from {checkpoint}; --overwrite would begin anew")
+    return str(checkpoint)
 
 
 def load_base(config: RunConfig, console: Console, *, residency: Residency = ON_DEVICE) -> LoadedModel:
@@ -231,6 +272,16 @@ def build_arguments(config: RunConfig, *, on_cpu: bool, has_held_out: bool) -> H
         if steps is not None:
             values[f"{kind}_steps"] = steps
     return HalfbyteArguments(config.output_dir, use_cpu=on_cpu, disable_tqdm=True, **values)
+
+
+def _remove_old_run(folder: Path, config: RunConfig) -> None:
+    # A run that goes on is not at its end any more, whatever it was.
+    (folder / SUMMARY_FILE).unlink(missing_ok=True)
+    if config.train.overwrite:
+        for path in (*list_checkpoints(folder), folder / "logs"):
+            shutil.rmtree(path, ignore_errors=True)
+        for name in (*RUN_FILES, REPORT_FILE):
+            (folder / name).unlink(missing_ok=True)
 
 
 def _make_splits(config: RunConfig) -> NewSplits | None:

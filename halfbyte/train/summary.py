@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from halfbyte.config.output import REPORT_FILE, SUMMARY_FILE
+from halfbyte.config.output import REPORT_FILE, SUMMARY_FILE, save_text
 from halfbyte.nn import AdapterReport
 from halfbyte.train.callbacks import format_seconds
 from halfbyte.train.evaluate import HeldOut
 from halfbyte.train.meter import peak_memory_bytes
+from halfbyte.train.ranks import RankReport, report_ranks
 from halfbyte.train.samples import Sample, printable
 from halfbyte.train.trainer import HalfbyteTrainer
 
@@ -58,6 +58,8 @@ class Summary:
     total_parameters: int
     samples: tuple[Sample, ...]
     notes: tuple[str, ...]
+    ranks: tuple[RankReport, ...]
+    """Of all ranks, whose tokens and speeds add up to those above; peak memory above is that of the first."""
     finished_at: str
     """Date and time in UTC, as ISO 8601 writes them."""
 
@@ -75,18 +77,12 @@ class Summary:
         save_text(json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n", folder / SUMMARY_FILE)
 
 
-def save_text(text: str, path: Path) -> None:
-    """Write a file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def make_summary(
     trainer: HalfbyteTrainer, adapters: AdapterReport, comparison: Comparison, *, seconds: float
 ) -> Summary:
-    """Collect the figures of a trainer that has trained."""
+    """Collect the figures of a trainer that has trained; all ranks must ask."""
     meter = trainer.meter
+    ranks = report_ranks(trainer.world, meter)
     return Summary(
         base_model=trainer.base_model,
         steps=trainer.state.global_step,
@@ -94,18 +90,19 @@ def make_summary(
         epochs=float(trainer.state.epoch or 0.0),
         held_out_before=comparison.before,
         held_out_after=comparison.after,
-        num_tokens=meter.num_tokens,
-        num_trained_tokens=meter.num_trained_tokens,
+        num_tokens=sum(one.num_tokens for one in ranks),
+        num_trained_tokens=sum(one.num_trained_tokens for one in ranks),
         train_seconds=meter.seconds,
         total_seconds=seconds,
-        tokens_per_second=meter.tokens_per_second,
-        trained_tokens_per_second=meter.trained_tokens_per_second,
+        tokens_per_second=sum(one.tokens_per_second for one in ranks),
+        trained_tokens_per_second=sum(one.trained_tokens_per_second for one in ranks),
         peak_memory_bytes=peak_memory_bytes(trainer.model_device),
         device=str(trainer.model_device),
         trainable_parameters=adapters.trainable_parameters,
         total_parameters=adapters.total_parameters,
         samples=comparison.samples,
         notes=tuple(trainer.notes),
+        ranks=tuple(ranks),
         finished_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
 
@@ -135,6 +132,8 @@ def print_summary(console: Console, summary: Summary, folder: Path) -> None:
         f"{summary.tokens_per_second:,.0f} tokens/s, {summary.trained_tokens_per_second:,.0f} of them trained; "
         f"peak memory {summary.peak_memory_bytes / 2**30:.2f} GiB on {summary.device}"
     )
+    for one in summary.ranks if len(summary.ranks) > 1 else ():
+        say(str(one))
     say(f"adapter, tokenizer, run.yaml, {SUMMARY_FILE}: {folder}")
     say(f"to look at, in a browser: {folder / REPORT_FILE}")
     if (folder / "logs").exists():

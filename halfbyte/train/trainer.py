@@ -14,23 +14,20 @@ Nothing waits for the device in a micro-batch, and a step waits only for the one
 from __future__ import annotations
 
 import functools
-import json
 import math
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from halfbyte.data.examples import TokenizedExample
 from halfbyte.device import keep_freed_memory
+from halfbyte.distributed import current_world
 from halfbyte.errors import ConfigError
 from halfbyte.models.adapter_files import save_adapter
 from halfbyte.models.fused_layers import fuse_layers_
@@ -38,32 +35,39 @@ from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.packed_inputs import compute_dtype_of, prove_causality, prove_isolation
 from halfbyte.nn.attach import count_parameters
 from halfbyte.optim import build_optimizer
-from halfbyte.train import checkpoint as files
 from halfbyte.train.activations import choose_checkpointing, choose_policy_
 from halfbyte.train.arguments import HalfbyteArguments
+from halfbyte.train.bad_steps import BadSteps, DivergedError
 from halfbyte.train.batches import (
     BatchOptions,
+    EpochLoader,
     build_loader,
-    fingerprint_examples,
     iter_batches,
     largest_batch,
     move_batch,
     pad_id_of,
 )
-from halfbyte.train.callbacks import FlowCallback, ProgressLine
+from halfbyte.train.callbacks import FlowCallback, SavingCallback, with_progress
 from halfbyte.train.checks import check_model, honour_precision_, infer_spec, refuse_ignored
 from halfbyte.train.evaluate import HeldOut, evaluate_loss
+from halfbyte.train.feed import PATIENCE_SECONDS, Feed
 from halfbyte.train.fp8 import check_fp8
 from halfbyte.train.groups import parameter_groups
-from halfbyte.train.guard import DivergedError, LossScaler, StepGuard
+from halfbyte.train.guard import LossScaler, StepGuard
+from halfbyte.train.interruption import Interruption
 from halfbyte.train.loss import LossPath
 from halfbyte.train.meter import Meter
 from halfbyte.train.micro_batch import MicroBatches
 from halfbyte.train.options import DEFAULT_OPTIONS, TrainerOptions
+from halfbyte.train.ranks import agree_on_run, seed_of_micro_batch
 from halfbyte.train.relief import Relief
+from halfbyte.train.resumable import ResumableTrainer
+from halfbyte.train.saver import CheckpointSaver, saying_what_is_left
+from halfbyte.train.snapshot import TokenizerFiles
+from halfbyte.train.tensorboard import make_patient
 
 
-class HalfbyteTrainer(Trainer):
+class HalfbyteTrainer(ResumableTrainer):
     """Trains the adapters of a model.
 
     Args:
@@ -81,13 +85,7 @@ class HalfbyteTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = True
-    model: Any
-    args: Any
-    train_dataset: Any
     eval_dataset: Any
-    optimizer: Any
-    lr_scheduler: Any
-    state: Any
 
     def __init__(
         self,
@@ -103,31 +101,60 @@ class HalfbyteTrainer(Trainer):
     ) -> None:
         refuse_ignored(others)
         check_model(model, args)
+        self.world = current_world()
         note = honour_precision_(model, args)
         self.options = options
         self.base_model = options.base_model or model.config._name_or_path
         self.lora = options.lora or infer_spec(model)
+        self.interruption = Interruption(self.world)
+        self.saver = CheckpointSaver(
+            Path(str(args.output_dir)), tokenizer=TokenizerFiles(processing_class), say=self.say, warn=self.tell
+        )
+        self.guard = None
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[FlowCallback(), *_with_progress(callbacks, args)],
+            callbacks=[
+                FlowCallback(self.interruption),
+                SavingCallback(self.saver),
+                *with_progress(callbacks, args, is_heard=self.world.is_main),
+            ],
             **others,
         )
         self.notes = [] if note is None else [note]
-        self.remove_callback(ProgressCallback)
-        self.remove_callback(PrinterCallback)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback):
-                callback.logging_dir = args.logging_dir or str(Path(self.args.output_dir) / "logs")
+        if self.world.size > 1:
+            self.notes.append(f"{self.world}; each takes its turn of the batches")
+            self.world.copy_from_main_([parameter.data for parameter in model.parameters() if parameter.requires_grad])
+        self._choose_loggers(args)
         # Read by transformers 5.17, which has no loss_is_scaled_for_ga.
         self.model_accepts_loss_kwargs = True
         self.model_device = compute_device_of(model)
+        self.feed = Feed(self._build_loader, self.tell)
         self.meter = Meter(self.model_device)
         self.held_out: HeldOut | None = None
         self.held_out_step = -1
+        self._step_micro_batches = 0
+        self.scaler = LossScaler(self.model_device) if compute_dtype_of(model) == torch.float16 else None
+        self._trainable_count, self._total_count = count_parameters(model)
+        is_fused = self._choose_path()
+        self._choose_activations(args, is_fused=is_fused)
+        self.micro_batches = MicroBatches(model, self.loss_path, as_graphs=options.cuda_graphs)
+        self.notes += [self.micro_batches.note] if self.micro_batches.note else []
+        self.relief = Relief(self.micro_batches, num_tokens=self._largest_batch_tokens(), tell=self.tell)
+
+    def _choose_loggers(self, args: HalfbyteArguments) -> None:
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        logs = args.logging_dir or str(Path(self.args.output_dir) / "logs")
+        handler = self.callback_handler
+        handler.callbacks = [make_patient(callback, logs, self.tell) for callback in handler.callbacks]
+
+    def _choose_path(self) -> bool:
+        """Decide what computes layers and loss, note it, and return whether fused blocks do."""
+        model, options = self.model, self.options
         fusion = fuse_layers_(model, fp8=options.fp8) if options.fused else None
         self.notes.append("fused blocks: off, as set" if fusion is None else str(fusion))
         if options.fp8:
@@ -136,14 +163,7 @@ class HalfbyteTrainer(Trainer):
         self.notes.append(self.loss_path.note)
         prove = prove_causality if options.row_tokens is None else prove_isolation
         prove(model)
-        self.guard: StepGuard | None = None
-        self.scaler = LossScaler(self.model_device) if compute_dtype_of(model) == torch.float16 else None
-        self._trainable_count, self._total_count = count_parameters(model)
-        self._choose_activations(args, is_fused=fusion is not None and fusion.num_fused > 0)
-        self.micro_batches = MicroBatches(model, self.loss_path, as_graphs=options.cuda_graphs)
-        if self.micro_batches.as_graphs:
-            self.notes.append("kernels of a micro-batch: launched as one graph, from the second of each shape on")
-        self.relief = Relief(self.micro_batches, num_tokens=self._largest_batch_tokens(), tell=self._tell)
+        return fusion is not None and fusion.num_fused > 0
 
     def _choose_activations(self, args: HalfbyteArguments, *, is_fused: bool) -> None:
         """Decide what the backward finds, and note it."""
@@ -168,6 +188,18 @@ class HalfbyteTrainer(Trainer):
         )
 
     def get_train_dataloader(self) -> Any:
+        return self._build_loader(self.args.dataloader_num_workers)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        loader = self.callback_handler.train_dataloader
+        assert loader is not None
+        per_epoch = max(math.ceil(len(loader) / self.args.gradient_accumulation_steps), 1)
+        epoch, step = divmod(self.state.global_step, per_epoch)
+        place = step * self.args.gradient_accumulation_steps
+        batches = self.feed.take(epoch_iterator, num_batches, epoch=epoch, place=place)
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _build_loader(self, num_workers: int) -> EpochLoader:
         if self.train_dataset is None:
             raise ConfigError("the trainer was given no train_dataset")
         return build_loader(
@@ -175,15 +207,20 @@ class HalfbyteTrainer(Trainer):
             self.batch_options(),
             batch_size=self.args.per_device_train_batch_size,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            world=self.world,
             drop_last=self.args.dataloader_drop_last,
-            num_workers=self.args.dataloader_num_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            num_workers=num_workers,
+            timeout=PATIENCE_SECONDS if num_workers else 0,
+            prefetch_factor=self.args.dataloader_prefetch_factor if num_workers else None,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context if num_workers else None,
             pin_memory=self.args.dataloader_pin_memory and self.model_device.type == "cuda",
         )
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> int:
-        return max(sum(batch["num_trained"] for batch in batch_samples), 1)
+        num_mine = sum(batch["num_trained"] for batch in batch_samples)
+        num_trained, num_noted = self.world.sum(num_mine, self.interruption.was_noted)
+        self.interruption.hear(was_noted=num_noted > 0)
+        return max(int(num_trained), 1)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """Leave the model where it was loaded."""
@@ -205,7 +242,21 @@ class HalfbyteTrainer(Trainer):
             )
         # A second train() finds the optimizer in accelerate's wrapper, which hands no flags on.
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        self.guard = StepGuard(inner, max_norm=self.args.max_grad_norm, scaler=self.scaler)
+        bad_steps = BadSteps(
+            self.saver.folder,
+            tokenizer=self.saver.tokenizer.tokenizer,
+            on_bad_step=self.options.on_bad_step,
+            tell=self.tell,
+            world=self.world,
+        )
+        self.guard = StepGuard(
+            inner,
+            max_norm=self.args.max_grad_norm,
+            scaler=self.scaler,
+            world=self.world,
+            bad_steps=bad_steps,
+            loss_spike=self.options.loss_spike,
+        )
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -213,11 +264,20 @@ class HalfbyteTrainer(Trainer):
         if not model.training:
             model.train()
         self.meter.count(inputs)
-        see = functools.partial(self.guard.see_loss, origins=inputs["origins"], step=self.state.global_step + 1)
+        step = self.state.global_step + 1
+        see = functools.partial(self.guard.see_loss, origins=inputs["origins"], step=step, inputs=inputs)
         factor = None if self.scaler is None else self.scaler.scale
-        return self.relief.run(
-            inputs, num_items=num_items_in_batch, factor=factor, watch=see, again=self.guard.restart_step
+        turn = self.state.global_step * self.args.gradient_accumulation_steps + self._step_micro_batches
+        self._step_micro_batches += 1
+        loss = self.relief.run(
+            inputs,
+            num_items=num_items_in_batch,
+            seed=seed_of_micro_batch(self.args.seed, turn * self.world.size + self.world.rank),
+            factor=factor,
+            watch=see,
+            again=self.guard.restart_step,
         )
+        return self.guard.loss_to_log(loss, num_micro_batches=self.current_gradient_accumulation_steps)
 
     def compute_loss(
         self,
@@ -233,6 +293,7 @@ class HalfbyteTrainer(Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         assert self.guard is not None
         self.meter.num_steps += 1
+        self._step_micro_batches = 0
         self.relief.close_step()
         return self.guard.close_step(self.state.global_step + 1)
 
@@ -250,13 +311,18 @@ class HalfbyteTrainer(Trainer):
         """
         if self.model_device.type == "cpu":
             keep_freed_memory()
+        if self.world.size > 1:
+            agree_on_run(self.world, self._run_state())
         if self.options.row_tokens is None and self.train_dataset:
             self.model.train()
             self.relief.rehearse(
                 largest_batch(self.train_dataset, self.batch_options(), self.args.per_device_train_batch_size)
             )
+        # What cannot be written at all is to fail now, not in hours.
+        self.saver.tokenizer.prepare()
+        checkpoint = self.find_checkpoint(resume_from_checkpoint)
         try:
-            result = super().train(resume_from_checkpoint, *args, **options)
+            result = super().train(checkpoint, *args, **options)
             assert self.guard is not None
             self.guard.finish()
             self.meter.stop()
@@ -265,12 +331,21 @@ class HalfbyteTrainer(Trainer):
             raise DivergedError(f"{error}. The adapter as it was before is kept in {self.args.output_dir}") from error
         finally:
             self.micro_batches.release()
-        self.save_model()
+            self.saver.wait()
+        if self.state.global_step < self.state.max_steps:
+            self.interruption.raise_stop(self.state.global_step, self.saver)
+        with saying_what_is_left(self.saver.folder):
+            self.save_model()
         return result
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for name in {"loss", "train_loss"} & logs.keys():
+            # Each rank has seen its share of the sum.
+            (logs[name],) = self.world.sum(logs[name])
         if "loss" in logs:
-            logs |= self.meter.read()
+            speed = self.meter.read()
+            memory = speed.pop("memory_gib")
+            logs |= dict(zip(speed, self.world.sum(*speed.values()), strict=True)) | {"memory_gib": memory}
         super().log(logs, start_time)
 
     def evaluate(
@@ -298,100 +373,22 @@ class HalfbyteTrainer(Trainer):
         if not examples:
             raise ConfigError("evaluation needs held-out examples; give eval_dataset")
         with self.meter.paused():
-            batches = iter_batches(examples, self.batch_options(), batch_size=self.args.per_device_eval_batch_size)
-            return evaluate_loss(self.model, batches, loss_path=self.loss_path)
+            rows = self.args.per_device_eval_batch_size
+            batches = iter_batches(examples, self.batch_options(), batch_size=rows, world=self.world)
+            return evaluate_loss(self.model, batches, loss_path=self.loss_path, world=self.world)
 
     def describe_plan(self) -> str:
         """Say how many steps there will be, and what each of them holds."""
-        args, batches = self.args, len(self.get_train_dataloader())
-        optimizer, scheduler = (getattr(name, "value", name) for name in (args.optim, args.lr_scheduler_type))
-        per_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
-        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-        kind = f"rows of {self.options.row_tokens} tokens" if self.options.row_tokens else "padded examples"
-        times = f"{args.gradient_accumulation_steps} x " if args.gradient_accumulation_steps > 1 else ""
-        return (
-            f"run: {steps} steps ({steps / per_epoch:.3g} epochs of {per_epoch}), each of "
-            f"{times}{args.per_device_train_batch_size} {kind}; {optimizer}, learning rate {args.learning_rate:g}, "
-            f"{scheduler} after {args.get_warmup_steps(steps)} steps of warmup"
-        )
-
-    def _tell(self, text: str) -> None:
-        """Say what happened beside what was planned: in the run's notes, and above the progress line."""
-        self.notes.append(text)
-        lines = [callback for callback in self.callback_handler.callbacks if isinstance(callback, ProgressLine)]
-        for line in lines:
-            line.say(text)
-        if not lines:
-            warnings.warn(text, stacklevel=2)
+        num_batches = len(self.get_train_dataloader())
+        return self.args.describe_steps(num_batches, row_tokens=self.options.row_tokens, ranks=self.world.size)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         raise ConfigError("predict() would hold all logits; use evaluate(), or halfbyte.models.generate")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write adapter and tokenizer."""
+        """Write adapter and tokenizer, where this is the first rank."""
+        if not self.world.is_main:
+            return
         folder = Path(output_dir or self.args.output_dir)
         save_adapter(self.model, folder, base_model=self.base_model, spec=self.lora)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run_dir = Path(self.args.output_dir)
-        folder = run_dir / f"checkpoint-{self.state.global_step}"
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{self.state.best_global_step}")
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-        with self.meter.paused(), files.write_folder(folder) as temporary:
-            self.save_model(str(temporary))
-            torch.save(self.optimizer.state_dict(), temporary / files.OPTIMIZER_FILE)
-            torch.save(self.lr_scheduler.state_dict(), temporary / files.SCHEDULER_FILE)
-            torch.save(files.read_random_state(self.model_device), temporary / files.RANDOM_FILE)
-            if self.scaler is not None:
-                torch.save(self.scaler.state_dict(), temporary / files.SCALER_FILE)
-            (temporary / files.RUN_STATE_FILE).write_text(json.dumps(self._run_state(), indent=1))
-            self.state.save_to_json(str(temporary / "trainer_state.json"))
-        files.remove_old_checkpoints(run_dir, keep=self.args.save_total_limit, best=self.state.best_model_checkpoint)
-
-    def _run_state(self) -> dict[str, Any]:
-        """Return what must be the same for a run to be continued."""
-        return {
-            "data": self._data_fingerprint,
-            "row_tokens": self.options.row_tokens,
-            "per_device_train_batch_size": self.args.per_device_train_batch_size,
-            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
-            "seed": self.args.seed,
-            "optim": str(getattr(self.args.optim, "value", self.args.optim)),
-        }
-
-    @functools.cached_property
-    def _data_fingerprint(self) -> str:
-        return fingerprint_examples(self.train_dataset)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        files.check_run_state(Path(resume_from_checkpoint), self._run_state())
-        files.restore_adapter_(self.model, Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        files.restore_adapter_(self.model, Path(self.state.best_model_checkpoint))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self.optimizer.load_state_dict(files.load_tensors(Path(checkpoint) / files.OPTIMIZER_FILE))
-            self.lr_scheduler.load_state_dict(files.load_tensors(Path(checkpoint) / files.SCHEDULER_FILE))
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.scaler is not None:
-            self.scaler.load_state_dict(files.load_tensors(Path(checkpoint) / files.SCALER_FILE))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            state = files.load_tensors(Path(checkpoint) / files.RANDOM_FILE)
-            files.restore_random_state(state, self.model_device)
-
-
-def _with_progress(callbacks: Sequence[TrainerCallback], args: HalfbyteArguments) -> list[TrainerCallback]:
-    """Add a progress line in place of transformers' own, unless there is one or none is wanted."""
-    if args.disable_tqdm or any(isinstance(callback, ProgressLine) for callback in callbacks):
-        return list(callbacks)
-    return [*callbacks, ProgressLine(Console(stderr=True, highlight=False))]
+        self.saver.tokenizer.write(folder)

@@ -39,11 +39,11 @@ def test_import_config_writes_nothing_for_what_is_not_supported(
     output = tmp_path / "imported.yaml"
     done = halfbyte("import-config", axolotl_file, "--output", output)
     assert (done.code, done.out, output.exists()) == (2, "", False)
-    assert "deepspeed: NOT SUPPORTED: one process trains" in done.err
+    assert "deepspeed: NOT SUPPORTED: under torchrun" in done.err
     assert "error: not supported: deepspeed; --allow-unsupported leaves them out" in done.err
     done = halfbyte("import-config", axolotl_file, "--output", output, "--allow-unsupported")
     assert (done.code, done.out) == (0, "")
-    assert "# Left out: deepspeed, line 19: NOT SUPPORTED: one process trains" in output.read_text()
+    assert "# Left out: deepspeed, line 19: NOT SUPPORTED: under torchrun" in output.read_text()
     again = halfbyte("import-config", axolotl_file, "--output", output, "--allow-unsupported")
     assert (again.code, "exists; name another file" in again.err) == (2, True)
 

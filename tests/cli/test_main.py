@@ -92,7 +92,7 @@ def test_main_stops_at_an_interrupt_with_one_line(halfbyte: Run, monkeypatch: py
 
 
 def test_main_says_its_exit_codes_and_keeps_to_them(halfbyte: Run) -> None:
-    assert list(EXIT_CODES) == [0, 1, 2, 130]
+    assert list(EXIT_CODES) == [0, 1, 2, 130, 143]
     for code, meaning in EXIT_CODES.items():
         assert f"  {code:<13} {meaning}\n" in halfbyte("--help").out
     # A fault of ours: a command whose module is missing.

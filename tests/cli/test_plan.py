@@ -75,3 +75,18 @@ def test_plan_of_no_model_says_so(halfbyte: Callable[..., Any], tmp_path: Path) 
     (tmp_path / "config.json").write_text("[1")
     assert "is no JSON" in halfbyte("plan", tmp_path, "--gpu", "8GiB").err
     assert "config.json is missing" in halfbyte("plan", tmp_path.parent, "--gpu", "8GiB").err
+
+
+def test_several_cards_share_a_batch_and_what_visits_them(halfbyte: Callable[..., Any], config_file: Path) -> None:
+    one = json.loads(halfbyte("plan", config_file, "--gpu", "24GiB", "--json", "--train.batch_size=4").out)
+    two = json.loads(halfbyte("plan", config_file, "--gpus", "2x24GiB", "--json", "--train.batch_size=8").out)
+    assert two["run"]["batch_rows"] == one["run"]["batch_rows"]
+    assert two["best"]["choice"] == one["best"]["choice"]
+    # Twice the tokens in the time of one, and of adding up gradients.
+    assert 1.5 < two["best"]["tokens_per_second"] / one["best"]["tokens_per_second"] < 2
+    text = halfbyte("plan", config_file, "--gpus", "2x24GiB", "--train.batch_size=8").out
+    assert "gradients are added up once a step" in text
+    odd = halfbyte("plan", config_file, "--gpus", "2x24GiB", "--train.batch_size=7")
+    assert odd.code == 2
+    assert "7, which 2 ranks cannot share" in odd.err
+    assert "such as 2x24GiB" in halfbyte("plan", config_file, "--gpus", "24GiB").err

@@ -55,7 +55,7 @@ def test_train_refuses_a_folder_that_holds_a_run(
     before = (run_folder / "adapter_model.safetensors").read_bytes()
     done = halfbyte("train", model_folder, examples_file, "--output", run_folder, *TRAINING)
     assert done.code == 2
-    assert "already holds a run; continue it with --resume, replace it with --overwrite" in done.err
+    assert "already holds a finished run; replace it with --overwrite" in done.err
     assert (run_folder / "adapter_model.safetensors").read_bytes() == before
 
 

@@ -65,7 +65,7 @@ def test_find_tuned_refuses_what_is_neither(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no run, adapter or model"):
         find_tuned(str(tmp_path), {})
     save_run_config(RunConfig(model=ModelSection(path="base"), data=DataSection(train="t")), tmp_path)
-    with pytest.raises(ConfigError, match="a run that has not left an adapter; end it with halfbyte train --resume"):
+    with pytest.raises(ConfigError, match="a run that has not left an adapter; end it with halfbyte train "):
         find_tuned(str(tmp_path), {})
 
 

@@ -27,6 +27,7 @@ from tests.models.tiny import build_tiny
 
 MEASURED = json.loads((Path(__file__).parent / "measured_plans.json").read_text())["rows"]
 GIB = 2**30
+SLACK_GIB = 120 / 1024
 
 
 def name_of(row: dict[str, Any]) -> str:
@@ -55,12 +56,17 @@ def makers(row: dict[str, Any]) -> tuple[LedgerMaker, Choice]:
 def test_planned_bytes_are_what_was_measured(row: dict[str, Any]) -> None:
     maker, choice = makers(row)
     ledger = maker.make(choice)
-    used = ledger.allocated_bytes / GIB / row["allocated_gib"]
-    assert 0.98 < used < 1.05, f"allocated: planned {used:.1%} of what was measured"
+    pairs = {"allocated": (ledger.allocated_bytes, row["allocated_gib"])}
     if row["expandable_segments"]:
         # Fixed segments leave gaps that no formula foretells; plans are for those that grow.
-        reserved = ledger.reserved_bytes / GIB / row["reserved_gib"]
-        assert 0.98 < reserved < 1.05, f"reserved: planned {reserved:.1%} of what was measured"
+        pairs["reserved"] = ledger.reserved_bytes, row["reserved_gib"]
+    for name, (planned_bytes, measured_gib) in pairs.items():
+        planned = planned_bytes / GIB
+        # Never more than 2% too little. At most 5% too much or, for the smallest models, the part of the allocator's
+        # gaps that is planned for whatever the size.
+        assert planned > 0.98 * measured_gib, f"{name}: planned {planned / measured_gib:.1%} of what was measured"
+        most = max(1.05 * measured_gib, measured_gib + SLACK_GIB)
+        assert planned < most, f"{name}: planned {planned / measured_gib:.1%} of what was measured"
 
 
 # Where other work ran beside a row, its time was not taken.

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from halfbyte.errors import PlanError
+from halfbyte.memory.host_memory import allocate_on_disk
 from halfbyte.memory.read_ahead import ReadAhead
 from halfbyte.memory.run_shape import READ_BUFFERS
-from halfbyte.memory.weight_slab import WeightSlab, allocate_on_disk, slab_bytes
+from halfbyte.memory.weight_slab import WeightSlab, slab_bytes
 from halfbyte.ops import quantize_4bit
 from halfbyte.quant import QuantSpec
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halfbyte.memory.weight_slab import allocate_pinned
+from halfbyte.memory.host_memory import allocate_pinned
 from halfbyte.ops.gather_rows import gather_rows, gather_rows_reference
 
 SHAPES = pytest.mark.parametrize(("ids_shape", "width"), [((3, 5), 6), ((1,), 2048), ((7, 1), 4104)])

@@ -60,6 +60,7 @@ def build_trainer(
 ) -> HalfbyteTrainer:
     """Return a trainer over a tiny model; further options are training arguments."""
     callbacks, spec = options.pop("callbacks", ()), options.pop("spec", SPEC)
+    own = {name: options.pop(name) for name in ("loraplus_lr_ratio", "on_bad_step", "loss_spike") if name in options}
     defaults = {
         "per_device_train_batch_size": 2,
         "learning_rate": 1e-2,
@@ -79,7 +80,7 @@ def build_trainer(
         eval_dataset=eval_dataset,
         processing_class=build_tokenizer(),
         callbacks=callbacks,
-        options=TrainerOptions(row_tokens=row_tokens, base_model="tiny", lora=spec),
+        options=TrainerOptions(row_tokens=row_tokens, base_model="tiny", lora=spec, **own),
     )
 
 

@@ -28,11 +28,11 @@ def test_progress_line_writes_plain_lines_where_there_is_no_terminal(tmp_path: P
         callbacks=[ProgressLine(Console(file=out, width=40))],
     ).train()
     lines = out.getvalue().splitlines()
-    assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3", "3/3", "3/3"]
+    assert [line.split()[1] for line in lines[:4]] == ["1/3", "2/3", "3/3", "3/3"]
     for word in ("loss", "tokens/s", "trained)", "GiB", "lr", "left"):
         assert word in lines[0]
     assert "held-out loss" in lines[3]
-    assert lines[4].endswith("saved checkpoint-3")
+    assert lines[4:] == ["saved checkpoint-3"]
 
 
 def test_progress_line_draws_a_bar_on_a_terminal(tmp_path: Path) -> None:

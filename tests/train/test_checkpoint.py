@@ -1,10 +1,9 @@
 from __future__ import annotations
 
 import json
-import random
+import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,36 +11,18 @@ from halfbyte.errors import ConfigError, FormatError
 from halfbyte.models import save_adapter
 from halfbyte.nn import LoraSpec
 from halfbyte.train.checkpoint import (
+    best_step,
     check_run_state,
+    find_checkpoint,
     list_checkpoints,
     load_tensors,
-    read_random_state,
+    remove_leftovers,
     remove_old_checkpoints,
     restore_adapter_,
-    restore_random_state,
     write_folder,
 )
+from halfbyte.train.manifest import write_manifest
 from tests.train.runs import SPEC, assert_same_values, build_model, trained_values
-
-CPU = torch.device("cpu")
-
-
-def draw() -> list[float]:
-    return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(()).item()]
-
-
-def test_random_state_comes_back_from_a_file(tmp_path: Path) -> None:
-    draw()
-    torch.save(read_random_state(CPU), tmp_path / "random.pt")
-    expected = [draw() for _ in range(3)]
-    restore_random_state(load_tensors(tmp_path / "random.pt"), CPU)
-    assert [draw() for _ in range(3)] == expected
-
-
-def test_random_state_of_another_device_is_refused() -> None:
-    state = {**read_random_state(CPU), "cuda": torch.zeros(16, dtype=torch.uint8)}
-    with pytest.raises(ConfigError, match="of a run on a GPU"):
-        restore_random_state(state, CPU)
 
 
 def fail_halfway(folder: Path) -> None:
@@ -64,15 +45,56 @@ def test_write_folder_is_whole_or_not_there(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
-def test_remove_old_checkpoints_counts_by_number_and_spares_the_best(tmp_path: Path) -> None:
-    for step in (9, 10, 11, 100):
+def test_remove_old_checkpoints_counts_by_number_and_spares_some(tmp_path: Path) -> None:
+    for age, step in enumerate((9, 10, 11, 100)):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        # A clock that runs backwards.
+        os.utime(tmp_path / f"checkpoint-{step}", (10**9 - age, 10**9 - age))
     (tmp_path / "checkpoint-of-mine").mkdir()
-    remove_old_checkpoints(tmp_path, keep=None, best=None)
+    remove_old_checkpoints(tmp_path, keep=None, spared=())
     assert len(list_checkpoints(tmp_path)) == 4
-    remove_old_checkpoints(tmp_path, keep=2, best=str(tmp_path / "checkpoint-9"))
+    remove_old_checkpoints(tmp_path, keep=2, spared={9})
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-11", "checkpoint-100"]
     assert (tmp_path / "checkpoint-of-mine").exists()
+
+
+def test_remove_leftovers_takes_what_a_crash_left(tmp_path: Path) -> None:
+    for name in (".checkpoint-3.17.new.tmp", ".checkpoint-1.17.old.tmp", "checkpoint-2", ".mine.tmp"):
+        (tmp_path / name).mkdir()
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", "checkpoint-2"]
+
+
+def test_best_step_is_that_of_the_lowest_held_out_loss_with_a_checkpoint() -> None:
+    log = [
+        {"step": 1, "loss": 0.1},
+        {"step": 2, "eval_loss": 0.5},
+        {"step": 3, "eval_loss": 0.2},
+        {"step": 4, "eval_loss": 0.4},
+        {"step": 5, "eval_loss": 0.9},
+    ]
+    assert best_step(log, {1, 2, 4, 5}) == 4
+    assert best_step(log, {1}) is None
+    assert best_step([], {1}) is None
+
+
+def test_find_checkpoint_passes_over_damaged_ones_and_names_them(tmp_path: Path) -> None:
+    for step in (2, 10, 11):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "optimizer.pt").write_bytes(bytes(100))
+        write_manifest(folder)
+    (tmp_path / "checkpoint-11" / "optimizer.pt").write_bytes(bytes(99) + b"x")
+    told: list[str] = []
+    assert find_checkpoint(tmp_path, told.append) == tmp_path / "checkpoint-10"
+    assert "checkpoint-11 is damaged: the checksum of optimizer.pt differs" in told[0]
+    assert (tmp_path / "checkpoint-11.damaged" / "optimizer.pt").exists()
+    (tmp_path / "checkpoint-10" / "optimizer.pt").write_bytes(bytes(50))
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    assert find_checkpoint(tmp_path, told.append) is None
+    assert "optimizer.pt has 50 bytes instead of 100" in told[1]
+    assert "checkpoint-2 is damaged: optimizer.pt is missing" in told[2]
+    assert list_checkpoints(tmp_path) == []
 
 
 @pytest.mark.parametrize("saved", [(), ("lm_head",)])

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from halfbyte.optim import build_optimizer
-from halfbyte.train.guard import GROWTH_STEPS, INITIAL_SCALE, DivergedError, LossScaler, StepGuard
+from halfbyte.train.bad_steps import BadSteps, DivergedError
+from halfbyte.train.guard import GROWTH_STEPS, INITIAL_SCALE, STEPS_BEFORE_SPIKES, LossScaler, StepGuard
 from tests.oracles import assert_close
 
 OPTIMIZERS = ["adamw_8bit", "adamw_torch", "adamw_torch_fused"]
@@ -103,6 +104,75 @@ def test_step_guard_names_the_bad_micro_batch() -> None:
     assert "step 5: the loss is inf" in str(error.value)
     assert "bad.jsonl:11 and 8 more" in str(error.value)
     assert "good.jsonl" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_step_guard_skips_bad_steps_alone(name: str) -> None:
+    """What is left is what the good steps alone would have come to."""
+    ours, theirs = parameters(), parameters()
+    optimizers = [build_optimizer(name, values, lr=1e-2) for values in (ours, theirs)]
+    told: list[str] = []
+    guards = [
+        StepGuard(optimizer, max_norm=0.3, bad_steps=bad)
+        for optimizer, bad in zip(optimizers, (BadSteps(on_bad_step="skip", tell=told.append), None), strict=True)
+    ]
+    for step in range(1, 6):
+        for values, guard, optimizer in zip((ours, theirs), guards, optimizers, strict=True):
+            if step in (2, 4) and values is theirs:
+                continue
+            set_gradients(values, seed=step, factor=torch.nan if step == 2 else 1.0)
+            guard.see_loss(torch.tensor(torch.inf if step == 4 else 1.0), [f"x:{step}"], step=step)
+            guard.close_step(step)
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+    assert [line.split(". Nothing")[0] for line in told] == [
+        "step 2: the gradient is not finite. The batch holds x:2",
+        "step 4: the loss is inf. The batch holds x:4",
+    ]
+
+
+def run_losses(guard: StepGuard, losses: list[float]) -> None:
+    for step, loss in enumerate(losses, start=1):
+        set_gradients(guard.parameters, seed=step)
+        guard.see_loss(torch.tensor(loss), [f"x:{step}"], step=step)
+        guard.close_step(step)
+
+
+def test_step_guard_takes_a_spike_for_bad_once_it_knows_the_mean() -> None:
+    told: list[str] = []
+
+    def make(spike: float | None) -> StepGuard:
+        bad = BadSteps(on_bad_step="skip", tell=told.append)
+        return StepGuard(
+            build_optimizer("adamw_8bit", parameters(), lr=1e-2), max_norm=0.3, bad_steps=bad, loss_spike=spike
+        )
+
+    early = [9.0 if step == STEPS_BEFORE_SPIKES - 1 else 1.0 for step in range(STEPS_BEFORE_SPIKES)]
+    guard = make(3.0)
+    run_losses(guard, [1.0] * STEPS_BEFORE_SPIKES + [2.9, 3.2, 1.0])
+    assert [line.split(". The")[0] for line in told] == [
+        "step 22: the loss is 3.2, above the 3.114 that train.loss_spike allows here"
+    ]
+    told.clear()
+    run_losses(make(None), [1.0] * STEPS_BEFORE_SPIKES + [99.0])
+    run_losses(make(3.0), early)
+    assert told == []
+    again = make(3.0)
+    again.load_state_dict(guard.state_dict())
+    assert again.state_dict() == guard.state_dict()
+
+
+def test_step_guard_gives_up_after_many_bad_steps_in_a_row() -> None:
+    told: list[str] = []
+    guard = StepGuard(
+        build_optimizer("adamw_8bit", parameters(), lr=1e-2),
+        max_norm=0.3,
+        bad_steps=BadSteps(on_bad_step="skip", tell=told.append),
+    )
+    with pytest.raises(DivergedError, match=r"step 14: .* nor of the 9 before it"):
+        run_losses(guard, [1.0, 1.0, torch.nan, 1.0, *([torch.nan] * 20)])
+    assert len(told) == 10
 
 
 @pytest.mark.gpu

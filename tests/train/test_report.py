@@ -140,7 +140,7 @@ def test_report_shows_every_curve_and_the_whole_configuration(reported: Reported
 def test_report_of_a_run_without_held_out_examples(model_folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "text.jsonl"
     data.write_text("\n".join(json.dumps({"text": f"line {n} of a text"}) for n in range(12)))
-    options = {"data.held_out_fraction": 0.0, "train.max_steps": 1, "lora.modules_to_save": ("lm_head",)}
+    options = {"data.held_out_fraction": 0.0, "train.max_steps": 1, "lora.modules_to_save": ("norm",)}
     run_training(config_of(model_folder, data, tmp_path / "out", **options), console=Console(file=io.StringIO()))
     reported = read_report(tmp_path / "out")
     assert "nothing was held out" in reported.words

@@ -169,7 +169,7 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path: Path, stop: int, row_tok
 def test_resume_refuses_other_data(tmp_path: Path) -> None:
     build_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
     other = build_trainer(tmp_path, max_steps=4, examples=build_examples(24, seed=9))
-    with pytest.raises(ConfigError, match="another data"):
+    with pytest.raises(ConfigError, match="the training examples are not those of the run"):
         other.train(resume_from_checkpoint=True)
 
 
@@ -261,6 +261,40 @@ def test_loss_that_is_not_finite_stops_and_names_the_batch(tmp_path: Path) -> No
     assert_same_values(good, trained_values(model))
     assert (tmp_path / "adapter_model.safetensors").exists()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("row_tokens", [ROW_TOKENS, None])
+def test_bad_batch_is_kept_and_skipped_where_asked(tmp_path: Path, row_tokens: int | None) -> None:
+    model = build_model()
+    trainer = build_trainer(
+        tmp_path, model=model, max_steps=4, on_bad_step="skip", row_tokens=row_tokens, disable_tqdm=False
+    )
+    weights = model.get_input_embeddings().weight.data
+    good, values = weights.clone(), {}
+
+    class Break(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            weights[:] = torch.nan if state.global_step == 2 else good
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            values[state.global_step] = trained_values(model)
+
+    trainer.add_callback(Break())
+    trainer.train()
+    assert_same_values(values[2], values[3])
+    assert any(not torch.equal(value, values[4][name]) for name, value in values[3].items())
+    assert all(math.isfinite(loss) for _, loss in logged(trainer))
+    note = next(note for note in trainer.notes if "is skipped" in note)
+    path = tmp_path / "bad_batches" / "step-3.jsonl"
+    assert f"it is skipped. It is kept in {path}" in note
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    examples = {example.origin: example for example in build_examples()}
+    for row in rows:
+        example = examples[row["origin"]]
+        assert row["origin"] in note
+        assert row["input_ids"][: len(example)] == example.input_ids.tolist()
+        assert sum(label != -100 for label in row["labels"]) == example.num_trained_tokens
+        assert math.isnan(row["micro_batch_loss"])
 
 
 def test_gradient_that_is_not_finite_stops(tmp_path: Path) -> None:

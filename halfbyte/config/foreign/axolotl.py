@@ -11,8 +11,8 @@ from typing import Any
 from halfbyte.config.adapter_init import LOFTQ, PISSA, ZERO
 from halfbyte.config.foreign.axolotl_data import DATA_RULES
 from halfbyte.config.foreign.rules import (
+    BASE_IS_WHOLE,
     EPOCH_ENDS,
-    ONE_PROCESS,
     UPLOAD,
     choice,
     differs,
@@ -269,10 +269,10 @@ _RULES: dict[str, Rule] = {
     "use_tensorboard": lambda value, document: Taken({"train.report_to": ("tensorboard",)} if flag(value) else {}),
     # one process
     **dict.fromkeys(
-        ("deepspeed", "fsdp", "fsdp_config", "fsdp_version", "tensor_parallel_size"), unsupported(ONE_PROCESS)
+        ("deepspeed", "fsdp", "fsdp_config", "fsdp_version", "tensor_parallel_size"), unsupported(BASE_IS_WHOLE)
     ),
-    **dict.fromkeys(("context_parallel_size", "sequence_parallel_degree", "device_map"), unsupported(ONE_PROCESS)),
-    **dict.fromkeys(("local_rank", "world_size", "device"), unneeded(ONE_PROCESS)),
+    **dict.fromkeys(("context_parallel_size", "sequence_parallel_degree", "device_map"), unsupported(BASE_IS_WHOLE)),
+    **dict.fromkeys(("local_rank", "world_size", "device"), unneeded(BASE_IS_WHOLE)),
     "max_memory": unsupported("memory.gpu and memory.host are limits"),
     # nothing to do with the result
     **dict.fromkeys(("strict", "debug", "gc_steps", "profiler_steps"), unneeded("for finding faults in Axolotl")),
@@ -283,7 +283,7 @@ _RULES: dict[str, Rule] = {
 }
 _FAMILIES: dict[str, Rule] = {
     "is_": unneeded(_FROM_MODEL),
-    "ddp": unneeded(ONE_PROCESS),
+    "ddp": unneeded(BASE_IS_WHOLE),
     "flash_attn_": unneeded(_FASTER),
     "unsloth_": unneeded(_FASTER),
     "liger_": unneeded(_FASTER),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.config.foreign.rules import (
-    ONE_PROCESS,
+    BASE_IS_WHOLE,
     UPLOAD,
     differs,
     dtype,
@@ -224,12 +224,12 @@ _RULES: dict[str, Rule] = {
     "rope_scaling": unsupported("edit the model's config.json"),
     "resize_vocab": unsupported("no tokens are added"),
     **dict.fromkeys(("push_to_hub", "hub_model_id"), unsupported(UPLOAD)),
-    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config"), unsupported(ONE_PROCESS)),
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config"), unsupported(BASE_IS_WHOLE)),
 }
 LLAMA_FACTORY = Trainer(
     name="LLaMA-Factory",
     rules=_RULES,
-    families={"ddp_": unneeded(ONE_PROCESS)},
+    families={"ddp_": unneeded(BASE_IS_WHOLE)},
     defaults={
         "quantization_bit": None,
         "lora_rank": 8,

@@ -10,7 +10,7 @@ from halfbyte.config.describe import find_option
 from halfbyte.config.foreign.translation import Document, Outcome, Rule, Taken, Unneeded, Unsupported
 from halfbyte.errors import ConfigError
 
-ONE_PROCESS = "one process trains, on one device"
+BASE_IS_WHOLE = "under torchrun every rank has the whole base; it is not divided between cards"
 UPLOAD = "upload the output folder when training is done"
 EPOCH_ENDS = "at the end of each epoch, until train.{} says after how many steps"
 

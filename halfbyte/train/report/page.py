@@ -11,7 +11,7 @@ import hashlib
 from importlib import resources
 from pathlib import Path
 
-from halfbyte.config.output import REPORT_FILE
+from halfbyte.config.output import REPORT_FILE, save_text
 from halfbyte.train.report.figures import curves_section
 from halfbyte.train.report.markup import Markup, element, join
 from halfbyte.train.report.record import RunRecord
@@ -25,7 +25,6 @@ from halfbyte.train.report.sections import (
     machine_section,
     notes_section,
 )
-from halfbyte.train.summary import save_text
 
 
 def save_report(record: RunRecord) -> Path:

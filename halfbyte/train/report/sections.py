@@ -178,8 +178,9 @@ def changed_options(config: RunConfig) -> list[tuple[str, str, str]]:
 
 
 def notes_section(record: RunRecord) -> Markup:
-    """Return what the trainer noted."""
-    return element("section", element("h2", "Notes"), _list(record.summary.notes))
+    """Return what the trainer noted, and how each of several ranks fared."""
+    ranks = map(str, record.summary.ranks) if len(record.summary.ranks) > 1 else ()
+    return element("section", element("h2", "Notes"), _list([*record.summary.notes, *ranks]))
 
 
 def machine_section(record: RunRecord) -> Markup:

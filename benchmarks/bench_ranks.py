@@ -1,0 +1,79 @@
+"""Training by several ranks, beside one.
+
+    torchrun --nproc-per-node=2 -m benchmarks.bench_ranks --model Llama-7B
+    torchrun --nproc-per-node=2 -m benchmarks.bench_ranks --model Llama-65B --cap 24 --streamed 78 --ckpt offload
+
+Random 4-bit weights and the settings of `bench_train`: 4 x 1024 tokens a micro-batch and rank, an optimizer step every
+second one. With --streamed the ranks of a host read one copy of those blocks' weights. One JSON line: tokens a second
+of all ranks together, the milliseconds that adding up gradients takes by itself, and every rank's memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+
+from benchmarks.bench_memory import MODELS
+from benchmarks.bench_train import CHECKPOINTING, Setting, measure_speed
+from benchmarks.random_model import build_random_4bit
+from halfbyte.device import default_device, peak_resident_bytes
+from halfbyte.distributed import World, join_world
+from halfbyte.nn import iter_trainable
+from halfbyte.train.micro_batch import lay_side_by_side
+
+ROUNDS = 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=tuple(MODELS), default="Llama-7B")
+    parser.add_argument("--cap", type=float, help="GiB of device memory that each rank may reserve")
+    parser.add_argument("--streamed", type=int, default=0, help="blocks whose weights live in host memory")
+    parser.add_argument("--ckpt", choices=tuple(CHECKPOINTING), default="0")
+    parser.add_argument("--steps", type=int, default=6)
+    options = parser.parse_args()
+    with join_world() as world:
+        device = default_device()
+        if options.cap:
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(options.cap * 2**30 / total)
+        started = time.perf_counter()
+        model = build_random_4bit(MODELS[options.model], device, streamed_blocks=options.streamed)
+        build_s = time.perf_counter() - started
+        setting = Setting(
+            batch=4, seq=1024, steps=options.steps, accumulation=2, checkpointing=CHECKPOINTING[options.ckpt]
+        )
+        measured = measure_speed(model, setting)
+        exchange_ms = time_exchange(world, lay_side_by_side([parameter for _, parameter in iter_trainable(model)]))
+        memory = world.gather([measured.pop("peak_reserved_GiB", None), round(peak_resident_bytes() / 2**30, 1)])
+        if world.is_main:
+            row = {"model": f"{options.model} shape", "ranks": world.size, "backend": world.backend}
+            row |= {"cap_GiB": options.cap, "streamed_blocks": options.streamed, "build_s": round(build_s, 1)}
+            row |= measured | {"exchange_ms": exchange_ms, "reserved_GiB_and_rss_GiB_by_rank": memory}
+            print(json.dumps(row), flush=True)
+
+
+def time_exchange(world: World, tensors: list[torch.Tensor]) -> float:
+    """Return the median milliseconds of adding up tensors of all ranks, with nothing else going on."""
+    times = []
+    for _ in range(ROUNDS):
+        world.wait()
+        _finish(tensors[0].device)
+        started = time.perf_counter()
+        world.add_(tensors)
+        _finish(tensors[0].device)
+        times.append(time.perf_counter() - started)
+    return round(1e3 * statistics.median(times), 2)
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Programs run by several real processes, as torchrun starts them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent.parent
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Finished:
+    """What torchrun left."""
+
+    code: int
+    output: str
+
+
+def torchrun(ranks: int, words: Sequence[object], *, timeout: float = 240, options: Sequence[str] = ()) -> Finished:
+    """Run a module (`-m name ...`) or a script by so many ranks, and return what they wrote."""
+    with start_torchrun(ranks, words, options=options) as process:
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    return Finished(process.returncode, output)
+
+
+def start_torchrun(ranks: int, words: Sequence[object], *, options: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """Start so many ranks, and return torchrun's own process."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"),
+        *(f"--master-port={free_port()}", *options, *map(str, words)),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,86 @@
+"""Tiny trainings by one rank or several; the tests start several of this program.
+
+torchrun --nproc-per-node=2 tests/distributed/train_tiny.py OUT.pt SCENARIO ...
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte.distributed import World, current_world, join_world
+from halfbyte.models.streaming import stream_blocks_
+from halfbyte.train import HalfbyteTrainer
+from tests.train.runs import build_examples, build_model, build_trainer, logged, trained_values
+
+# Micro-batches of a step over all ranks.
+TURNS = 4
+# Steps of padded batches of two that come out even, of batches that leave some ranks with nothing, and packed rows.
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "even": {"count": 32, "row_tokens": None},
+    "uneven": {"count": 25, "row_tokens": None},
+    "grouped": {"count": 25, "row_tokens": None, "train_sampling_strategy": "group_by_length"},
+    "packed": {"count": 40, "row_tokens": 32, "neftune_noise_alpha": 5.0},
+    "whole state": {"count": 21, "row_tokens": 32, "optim": "adamw_torch"},
+    # Frozen weights in memory that the ranks share, or in one file.
+    "streamed": {"count": 16, "row_tokens": 32, "num_train_epochs": 1, "streamed_blocks": 2},
+    "in files": {"count": 16, "row_tokens": 32, "num_train_epochs": 1, "streamed_blocks": 2, "spills": True},
+}
+
+
+def make_trainer(name: str, folder: Path, world: World, **others: Any) -> HalfbyteTrainer:
+    """Return the trainer of a scenario, the turns of a step shared out over the ranks."""
+    options = {**SCENARIOS[name], **others}
+    model = build_model()
+    if count := options.pop("streamed_blocks", 0):
+        folder.mkdir(parents=True)
+        spill_folder = folder if options.pop("spills", False) else None
+        stream_blocks_(model, count, device=torch.device("cpu"), num_slots=2, spill_folder=spill_folder)
+    return build_trainer(
+        folder,
+        model=model,
+        examples=build_examples(options.pop("count")),
+        eval_dataset=build_examples(7, seed=5),
+        gradient_accumulation_steps=TURNS // world.size,
+        **{"num_train_epochs": 2, **options},
+    )
+
+
+def outcome_of(trainer: HalfbyteTrainer) -> dict[str, Any]:
+    """Return what a training came to."""
+    return {
+        "values": trained_values(trainer.model),
+        "loss": logged(trainer),
+        "grad_norm": logged(trainer, "grad_norm"),
+        "held_out": trainer.measure().loss,
+        "shared": [inode for inode in current_world().gather(shared_inodes()) if inode],
+    }
+
+
+def shared_inodes() -> list[str]:
+    """Return which memory made to be shared this process maps."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return sorted({line.split()[4] for line in lines if "halfbyte-weights" in line})
+
+
+def run_scenario(name: str, folder: Path) -> dict[str, Any]:
+    """Train as a scenario says, and return what came out."""
+    trainer = make_trainer(name, folder, current_world())
+    trainer.train()
+    return outcome_of(trainer)
+
+
+def main() -> None:
+    out, *names = sys.argv[1:]
+    with join_world(on_cpu=True) as world, tempfile.TemporaryDirectory() as folder:
+        results = {name: run_scenario(name, Path(folder) / str(index)) for index, name in enumerate(names)}
+        if world.is_main:
+            torch.save(results, out)
+
+
+if __name__ == "__main__":
+    main()
