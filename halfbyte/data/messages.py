@@ -153,8 +153,8 @@ def _make_role(name: Any, *, layout: TurnLayout, where: str) -> str:
     close = get_close_matches(str(name).lower(), layout.role_names, n=1, cutoff=0.7)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise DataError(
-        f"{where}: unknown role {name!r:.80}.{hint} Known: {', '.join(layout.role_names)}. For other names say who is who, "
-        f"for example --data.columns=user={str(name):.80}"
+        f"{where}: unknown role {name!r:.80}.{hint} Known: {', '.join(layout.role_names)}. For other names say who is "
+        f"who, for example --data.columns=user={name!s:.80}"
     )
 
 

@@ -159,8 +159,8 @@ def _fix(fields: Mapping[str, Any]) -> str:
             keys = list(value[0])
             role, content = keys[0], keys[1] if len(keys) > 1 else keys[0]
             return (
-                f" If {name} holds the turns of a conversation: "
-                f"--data.columns=messages={name},role={role},content={content}"
+                f" If {name:.80} holds the turns of a conversation: "
+                f"--data.columns=messages={name:.80},role={role:.80},content={content:.80}"
             )
     names = list(fields)
     prompt = _first_like(names, _ASKING)
@@ -168,7 +168,7 @@ def _fix(fields: Mapping[str, Any]) -> str:
     if prompt is None and completion is None:
         prompt, completion = "COLUMN", "COLUMN"
     return (
-        f" Say which column is what: --data.columns=prompt={prompt or 'COLUMN'},completion={completion or 'COLUMN'} "
+        f" Say which column is what: --data.columns=prompt={prompt or 'COLUMN':.80},completion={completion or 'COLUMN':.80} "
         "(a question and its answer) or --data.columns=text=COLUMN (all of it learned)."
     )
 
