@@ -168,7 +168,8 @@ def _fix(fields: Mapping[str, Any]) -> str:
     if prompt is None and completion is None:
         prompt, completion = "COLUMN", "COLUMN"
     return (
-        f" Say which column is what: --data.columns=prompt={prompt or 'COLUMN':.80},completion={completion or 'COLUMN':.80} "
+        f" Say which column is what: --data.columns=prompt={prompt or 'COLUMN':.80},"
+        f"completion={completion or 'COLUMN':.80} "
         "(a question and its answer) or --data.columns=text=COLUMN (all of it learned)."
     )
 
