@@ -10,6 +10,7 @@ taken away: a loader that waits for a batch finds out by itself, within five sec
 from __future__ import annotations
 
 import itertools
+import multiprocessing.connection
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,9 @@ from halfbyte.train.batches import Batch, EpochLoader
 
 PATIENCE_SECONDS = 300
 """After so long without a batch a worker counts as hanging."""
+
+DEATH_SECONDS = 5.0
+"""A worker that has reset a connection is dead by then."""
 
 
 class Feed:
@@ -67,9 +71,13 @@ class Feed:
 
     def _is_of_workers(self, error: Exception) -> bool:
         """Say whether a worker died or hangs, rather than that what it did went wrong."""
-        # A tensor that a worker has sent is fetched from that worker, by a connection that its death resets.
-        is_cut_off = isinstance(error, OSError | EOFError) and not all(worker.is_alive() for worker in self.workers)
-        return is_cut_off or (bool(self.workers) and str(error).startswith("DataLoader "))
+        if not self.workers:
+            return False
+        if isinstance(error, OSError | EOFError) and "DataLoader worker process" not in str(error):
+            # A tensor that a worker has sent is fetched from that worker, by a connection that its death resets, some
+            # moments before the death itself is known.
+            return bool(multiprocessing.connection.wait([one.sentinel for one in self.workers], DEATH_SECONDS))
+        return str(error).startswith("DataLoader ")
 
     def _make(self, epoch: int, place: int) -> Iterator[Batch]:
         loader = self.build_loader(0)
