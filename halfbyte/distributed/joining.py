@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from halfbyte.distributed.world import ALONE, World, WorldError, shorten
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 # Longer than any rank may be busy alone: loading a model, writing a checkpoint.
 PATIENCE = datetime.timedelta(minutes=20)
@@ -62,6 +63,7 @@ def enter_world(*, on_cpu: bool = False) -> World:
     rank, size, local_rank, local_size = _read_environment()
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     has_own_gpu = False
     if not on_cpu and torch.cuda.device_count():
@@ -69,7 +71,10 @@ def enter_world(*, on_cpu: bool = False) -> World:
         _choose_gpu(local_rank)
     backend = "cpu:gloo,cuda:nccl" if has_own_gpu else "gloo"
     try:
-        dist.init_process_group(backend, init_method="env://", rank=rank, world_size=size, timeout=PATIENCE)
+        store, *_ = next(rendezvous("env://", rank, size, timeout=PATIENCE))
+        # Ranks that torchrun starts again must not find where those before them were.
+        store = dist.PrefixStore(f"attempt-{os.environ.get(ATTEMPT, '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise WorldError(

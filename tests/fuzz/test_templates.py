@@ -58,8 +58,8 @@ def test_a_template_that_grows_is_stopped(text: str, tokenizer: PreTrainedTokeni
     limits, before = resource.getrlimit(resource.RLIMIT_AS), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(DataError):
         _render(tokenizer, text)
-    # A tenth more for what the process takes beside it; ru_maxrss counts KiB.
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1.1 * MAX_EXTRA_BYTES / 1024
+    # What the process had mapped and never touched may be touched as well; ru_maxrss counts KiB.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 * MAX_EXTRA_BYTES / 1024
     assert resource.getrlimit(resource.RLIMIT_AS) == limits
 
 
