@@ -35,6 +35,7 @@ def fuzz(name: str, first: int, seconds: float) -> collections.Counter[str]:
             try:
                 counts[outcome_of(target.read, Path(folder))] += 1
             except Exception:
+                # Whatever is no error of ours is what is looked for: counted, shown, and the exit code.
                 counts["defect"] += 1
                 print(f"{name}, example {number}:\n{traceback.format_exc()}", file=sys.stderr)
             number += 1

@@ -47,7 +47,8 @@ def join_world(*, on_cpu: bool = False) -> Iterator[World]:
     try:
         yield world
     except BaseException:
-        # The others may be waiting for this rank: its end tells them, and an orderly goodbye would wait for them.
+        # Whatever ended it, Ctrl-C too, goes on its way. The others may be waiting for this rank: its end tells them,
+        # and an orderly goodbye would wait for them.
         _joined.clear()
         raise
     leave_world()

@@ -78,13 +78,35 @@ class TokenRows(nn.Module):
         return self
 
 
-class RowsEmbedding(nn.Module):
-    """An embedding some of whose rows are in a table."""
+class _WithRows(nn.Module):
+    """A frozen module of the vocabulary some of whose rows are in a table."""
 
     def __init__(self, original: nn.Module, table: TokenRows) -> None:
         super().__init__()
         self.original: Any = original
         self.table = table
+
+    def unwrap(self) -> nn.Module:
+        """Return the frozen original alone."""
+        return self.original
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight of the whole vocabulary, made anew at each call; `original.weight` costs nothing."""
+        return self.table.put_over(self.original.weight.detach())
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # What else the model asks of the module that it knows (padding_idx, in_features) is answered by that.
+            if name == "original":
+                raise
+            return getattr(self.original, name)
+
+
+class RowsEmbedding(_WithRows):
+    """An embedding some of whose rows are in a table."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the rows of `input` (token ids, any shape) as the original does."""
@@ -97,10 +119,6 @@ class RowsEmbedding(nn.Module):
             rows_ND = rows_ND * torch.as_tensor(scale).to(rows_ND)
         return torch.where(slot[..., None] >= 0, functional.embedding(slot.clamp(min=0), rows_ND), base)
 
-    def unwrap(self) -> nn.Module:
-        """Return the frozen original alone."""
-        return self.original
-
     def to_compute_device(self) -> nn.Module:
         """Return an embedding of the whole vocabulary on the device, in fp32: what can be trained whole."""
         plain = _fp32_copy(self.original, self.table)
@@ -111,24 +129,14 @@ class RowsEmbedding(nn.Module):
     def num_embeddings(self) -> int:
         return self.table.vocabulary
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """The weight of the whole vocabulary, made anew at each call; `original.weight` costs nothing."""
-        return self.table.put_over(self.original.weight.detach())
 
-    def __getattr__(self, name: str) -> Any:
-        return _attribute_of(self, name)
-
-
-class RowsHead(nn.Module):
+class RowsHead(_WithRows):
     """An output head some of whose rows are in a table."""
 
     def __init__(self, original: nn.Module, table: TokenRows) -> None:
-        super().__init__()
         if getattr(original, "bias", None) is not None:
             raise ConfigError("the output head has a bias, so rows of single tokens cannot be trained in it")
-        self.original: Any = original
-        self.table = table
+        super().__init__(original, table)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the logits of `input` (..., width) over the whole vocabulary."""
@@ -136,10 +144,6 @@ class RowsHead(nn.Module):
         own = functional.linear(input, self.table.rows_ND.to(input.dtype)).to(base.dtype)
         grown = functional.pad(base, (0, self.table.vocabulary - base.shape[-1]))
         return grown.index_copy(-1, self.table.ids_N, own)
-
-    def unwrap(self) -> nn.Module:
-        """Return the frozen original alone."""
-        return self.original
 
     def to_compute_device(self) -> nn.Module:
         """Return a head of the whole vocabulary, in fp32: what can be trained whole."""
@@ -150,14 +154,6 @@ class RowsHead(nn.Module):
     @property
     def out_features(self) -> int:
         return self.table.vocabulary
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The weight of the whole vocabulary, made anew at each call; `original.weight` costs nothing."""
-        return self.table.put_over(self.original.weight.detach())
-
-    def __getattr__(self, name: str) -> Any:
-        return _attribute_of(self, name)
 
 
 def frozen_original(module: Any) -> Any:
@@ -175,13 +171,3 @@ def _fp32_copy(original: Any, table: TokenRows) -> Any:
     plain: Any = copy.deepcopy(original).float() if make is None else make()
     plain.weight = nn.Parameter(table.put_over(plain.weight.detach()))
     return plain
-
-
-def _attribute_of(module: Any, name: str) -> Any:
-    try:
-        return nn.Module.__getattr__(module, name)
-    except AttributeError:
-        # What else the model asks of the module that it knows (padding_idx, in_features) is answered by that.
-        if name == "original":
-            raise
-        return getattr(module.original, name)

@@ -222,7 +222,7 @@ _RULES: dict[str, Rule] = {
     "gradient_checkpointing": option("train.gradient_checkpointing"),
     "shift_attn": unsupported("shifted sparse attention computes something else"),
     "rope_scaling": unsupported("edit the model's config.json"),
-    "resize_vocab": unsupported("no tokens are added"),
+    "resize_vocab": unsupported("name the tokens in model.added_tokens"),
     **dict.fromkeys(("push_to_hub", "hub_model_id"), unsupported(UPLOAD)),
     **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config"), unsupported(BASE_IS_WHOLE)),
 }
