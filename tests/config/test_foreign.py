@@ -165,7 +165,7 @@ def test_yaml_says_what_was_translated(path: Path, tmp_path: Path) -> None:
 def test_what_is_not_supported_says_why() -> None:
     reasons = {one.key: one.outcome.reason for one in translate_file(CLUSTER).unsupported}
     assert set(reasons) == {
-        *("load_in_8bit", "datasets", "deepspeed", "rl", "early_stopping_patience", "tokens", "made_up_key"),
+        *("load_in_8bit", "datasets", "deepspeed", "rl", "early_stopping_patience", "made_up_key"),
     }
     assert "alpaca_w_system.load_open_orca' is a prompt style of Axolotl's" in reasons["datasets"]
     assert reasons["made_up_key"] == "not known here"
@@ -175,6 +175,8 @@ def test_what_is_not_supported_says_why() -> None:
     ("line", "values"),
     [
         ("fp16: true", {"model.dtype": "float16"}),
+        ("tokens: [<a>, <b>]", {"model.added_tokens": ("<a>", "<b>")}),
+        ("special_tokens: {additional_special_tokens: [<c>]}", {"model.added_tokens": ("<c>",)}),
         ("bf16: false", {"model.dtype": "float32"}),
         ("bf16: auto\nfp16: true", {"model.dtype": "float16"}),
         ("batch_size: 32\nmicro_batch_size: 4", {"train.gradient_accumulation_steps": 8}),

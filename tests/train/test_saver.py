@@ -109,9 +109,7 @@ def test_saver_reports_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert "There is none before it; training goes on" in told.warned[0]
 
 
-@pytest.mark.skipif(
-    os.geteuid() == 0, reason="root may write anywhere; the test above puts a file there"
-)
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere; the test above puts a file there")
 def test_saver_reports_a_read_only_folder(tmp_path: Path) -> None:
     told = Told(tmp_path)
     tmp_path.chmod(0o500)

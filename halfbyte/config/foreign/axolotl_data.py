@@ -139,6 +139,12 @@ def _instruction_fields(style: dict[str, Any]) -> Outcome:
     return Taken(values, "written by the chat template")
 
 
+def _additional_tokens(value: Any, document: Document) -> Outcome:
+    if document.get("tokens"):
+        return Unsupported("write them into model.added_tokens, beside those of tokens")
+    return Taken({"model.added_tokens": names(value)})
+
+
 def _property_names(value: Any, entry: dict[str, Any]) -> Outcome:
     if not isinstance(value, dict):
         raise ConfigError("message_property_mappings has a line for each property")
@@ -256,8 +262,8 @@ DATA_RULES: dict[str, Rule] = {
         f"special_tokens.{name}": differs(f"the tokenizer's own {name} is used: make sure that it is {{!r}}")
         for name in ("bos_token", "eos_token", "unk_token")
     },
-    "special_tokens.additional_special_tokens": unsupported("no tokens are added"),
-    "tokens": unsupported("no tokens are added"),
+    "special_tokens.additional_special_tokens": _additional_tokens,
+    "tokens": lambda value, document: Taken({"model.added_tokens": names(value)}),
     "added_tokens_overrides": unsupported("no tokens are renamed"),
     "fix_untrained_tokens": unsupported("embeddings are left as they are"),
     "dataset_exact_deduplication": unsupported("remove repeated rows first"),
