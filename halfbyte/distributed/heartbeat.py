@@ -243,8 +243,8 @@ class Heart:
             return
         line = (
             f"halfbyte: {WorldError.label}rank {self._place.rank} of {self._place.size} ends, since another was lost. "
-            f"{verdict}. Its host or network may be down, or the process frozen. Checkpoints are whole: start all ranks again to "
-            "go on from the last one\n"
+            f"{verdict}. Its host or network may be down, or the process frozen. Checkpoints are whole: start all "
+            "ranks again to go on from the last one\n"
         )
         end_process(line)
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -35,7 +35,8 @@ def ranks_of(count: int, *words: object) -> Iterator[list[subprocess.Popen[str]]
         yield ranks
     finally:
         for rank in ranks:
-            rank.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(rank.pid, signal.SIGKILL)
             rank.communicate()
 
 
