@@ -161,10 +161,10 @@ class Heart:
         atexit.unregister(self._leave_at_exit)
         self._says_goodbye = goodbye
         self._stopped.set()
-        if goodbye:
-            # Both return at once, but for a talker that waits for a store that has vanished.
-            self._judge.join(self._beat_seconds)
-            self._talker.join(self._beat_seconds)
+        # Both return at once, but for a talker that waits for a store that has vanished. Python must not end while a
+        # thread is inside torch, where it could not return to: the process would abort.
+        self._judge.join(self._beat_seconds)
+        self._talker.join(self._beat_seconds)
 
     def _leave_at_exit(self) -> None:
         # In a fork of this process the threads do not run, and the connection is not its own.
@@ -194,22 +194,27 @@ class Heart:
                 if self._verdict:
                     store.set(place.key(LOST), self._verdict)
                 answers = [answer.decode() for answer in store.multi_get(keys)]
-            except RuntimeError:
-                # All that torch raises of a connection. The judge counts the silence; another connection may succeed.
+            except (RuntimeError, OSError):
+                # All that torch and sockets raise of a connection. The judge counts the silence; another connection may succeed.
                 if is_last:
                     return
                 store = None
                 continue
             self._told = answers.pop() if place.rank else ""
             self._heard = dict(zip(place.listened_to, answers, strict=True))
+            if 0 in place.listened_to and answers[0].startswith(GOODBYE):
+                return  # nobody listens any more, and the store may end
 
     def _connect(self) -> TCPStore:
         import datetime
 
         from torch.distributed import TCPStore
 
+        address = (self._place.host, self._place.port)
+        # torch would knock again and again at a port that is closed, and write its own stack for each.
+        socket.create_connection(address, timeout=self._beat_seconds).close()
         timeout = datetime.timedelta(seconds=self._limit_seconds * CALL_SHARE)
-        return TCPStore(self._place.host, self._place.port, is_master=False, timeout=timeout, wait_for_workers=False)
+        return TCPStore(*address, is_master=False, timeout=timeout, wait_for_workers=False)
 
     def _listen(self) -> None:
         silences = Silences(self._place.listened_to, limit_seconds=self._limit_seconds)
