@@ -3,6 +3,7 @@
 # make test     the tests            make test-gpu   those that need an NVIDIA GPU
 # make check    format, lint, types, layers
 # make fuzz     damage tens of thousands of files and count what comes of reading them; eight minutes
+# make wheel    build the wheel, and try it in a fresh environment; PYTHONS='python3.11 python3.13' tries it in several
 # make bench    time the operations; ONLY=load,train times some of them
 # make faults   kill trainings 200 times at random moments, and compare what they come to
 
@@ -14,7 +15,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/
 # CPU build brings no triton, which the interpreted kernel tests want; with CUDA, torch brings the triton it was made with.
 TORCH := $(if $(HAS_GPU),torch,torch==2.13.0 $(if $(filter Linux,$(shell uname -s)),triton==3.6.0))
 
-.PHONY: setup demo test test-gpu check format bench faults fuzz clean
+.PHONY: setup demo test test-gpu check format wheel bench faults fuzz clean
 
 setup: $(STAMP)
 
@@ -43,6 +44,9 @@ check: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+wheel: setup
+	$(BIN)/python -m tools.try_wheel $(PYTHONS)
 
 bench: setup
 	$(BIN)/python -m benchmarks.run $(if $(ONLY),--only $(ONLY))
