@@ -62,11 +62,11 @@ def compile_all() -> int:
     """Compile every file, also of modules that cannot be imported here; return how many."""
     import halfbyte
 
-    warnings.simplefilter("error")
     paths = [path for place in halfbyte.__path__ for path in Path(place).rglob("*.py")]
-    for path in paths:
-        compile(path.read_text(encoding="utf-8"), str(path), "exec")
-    warnings.resetwarnings()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for path in paths:
+            compile(path.read_text(encoding="utf-8"), str(path), "exec")
     return len(paths)
 
 
