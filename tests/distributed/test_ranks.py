@@ -17,7 +17,7 @@ PROGRAM = REPOSITORY / "tests" / "distributed" / "train_tiny.py"
 RELATIVE = 10 * 4 * torch.finfo(torch.float32).eps
 
 
-@pytest.mark.parametrize(("ranks", "names"), [(2, tuple(SCENARIOS)), (4, ("uneven", "packed", "streamed"))])
+@pytest.mark.parametrize(("ranks", "names"), [(2, tuple(SCENARIOS)), (4, ("uneven", "packed", "streamed", "sharded"))])
 def test_several_ranks_train_as_one_with_more_accumulation(tmp_path: Path, ranks: int, names: tuple[str, ...]) -> None:
     done = torchrun(ranks, [PROGRAM, tmp_path / "out.pt", *names])
     assert done.code == 0, done.output
@@ -32,6 +32,10 @@ def test_several_ranks_train_as_one_with_more_accumulation(tmp_path: Path, ranks
             # One memory a block, the same for all.
             assert [len(inodes) for inodes in shared["shared"]] == [2] * ranks
             assert len({tuple(inodes) for inodes in shared["shared"]}) == 1
+        if name == "sharded":
+            # Each of two blocks, of seven layers each, visits all ranks but the one it lives on.
+            assert shared["visiting"] == [7 * (2 - (rank < 2)) for rank in range(ranks)]
+            assert [len(inodes) for inodes in shared["shared"]] == [2] * ranks
         assert shared["held_out"] == pytest.approx(alone["held_out"], rel=RELATIVE), name
         for path, value in alone["values"].items():
             difference = (shared["values"][path] - value).norm() / value.norm().clamp(min=1e-12)
