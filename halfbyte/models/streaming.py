@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from halfbyte.distributed import current_world
+from halfbyte.distributed import World, current_world
 from halfbyte.errors import ConfigError
 from halfbyte.memory.block_streamer import BlockStreamer
 from halfbyte.memory.host_memory import allocate_on_disk, allocate_pinned, allocate_shared
@@ -133,6 +133,7 @@ def stream_blocks_(
     num_slots: int = DEFAULT_SLOTS,
     spill_folder: Path | None = None,
     on_cards: bool = False,
+    world: World | None = None,
 ) -> BlockStreamer:
     """Move the frozen 4-bit weights of some decoder blocks to where they visit from; the model stays usable as it is.
 
@@ -143,6 +144,7 @@ def stream_blocks_(
         num_slots: See `BlockStreamer`.
         spill_folder: Where slabs lie in files instead.
         on_cards: Whether they are divided among the cards of this host's ranks instead.
+        world: Ranks that all call this, and share what visits; all there are, unless given.
 
     Raises:
         ConfigError: The model has fewer blocks, or none that are known.
@@ -153,7 +155,8 @@ def stream_blocks_(
     streamer = BlockStreamer(device, num_slots=num_slots)
     owners = _owners_of(count, on_cards=on_cards)
     for index, owner in zip(sorted(spread(count, len(blocks))), owners, strict=True):
-        slab = make_slab(quantized_layers(blocks[index]), device, spill_folder=spill_folder, owner=owner)
+        weights = quantized_layers(blocks[index])
+        slab = make_slab(weights, device, spill_folder=spill_folder, owner=owner, world=world)
         if _stays(owner):
             _move_(blocks[index], slab)
         else:
@@ -179,6 +182,7 @@ def make_slab(
     *,
     spill_folder: Path | None = None,
     owner: int | None = None,
+    world: World | None = None,
 ) -> WeightSlab:
     """Put the weights of a block into host memory from which `device` can be fed, into a file, or onto one card.
 
@@ -189,9 +193,10 @@ def make_slab(
         device: Where they are used.
         spill_folder: Where the file is to be.
         owner: Number among the ranks of this host, of that on whose device they are to live.
+        world: Ranks that all call this; all there are, unless given.
     """
-    num_bytes, world = slab_bytes(weights), current_world()
-    file, on_gpu = None, device.type == "cuda"
+    world = world or current_world()
+    num_bytes, file, on_gpu = slab_bytes(weights), None, device.type == "cuda"
     if owner is not None:
         memory = allocate_at(owner, num_bytes, world=world, device=device)
     elif spill_folder is not None:

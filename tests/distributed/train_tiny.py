@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfbyte.distributed import World, current_world, join_world
+from halfbyte.distributed import ALONE, World, current_world, join_world
 from halfbyte.models.streaming import stream_blocks_
 from halfbyte.nn import Linear4bit
 from halfbyte.train import HalfbyteTrainer
@@ -22,6 +22,7 @@ from tests.train.runs import build_examples, build_model, build_trainer, logged,
 
 # Micro-batches of a step over all ranks.
 TURNS = 4
+CPU = torch.device("cpu")
 # Steps of padded batches of two that come out even, of batches that leave some ranks with nothing, and packed rows.
 SCENARIOS: dict[str, dict[str, Any]] = {
     "even": {"count": 32, "row_tokens": None},
@@ -33,6 +34,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "streamed": {"count": 16, "row_tokens": 32, "num_train_epochs": 1, "streamed_blocks": 2},
     # Divided among the ranks, which read them from each other; with four of them, two have no share.
     "sharded": {"count": 25, "row_tokens": 32, "num_train_epochs": 1, "streamed_blocks": 2, "on_cards": True},
+    # The first rank alone, as it does where memory runs out.
+    "relieved": {"count": 16, "row_tokens": 32, "num_train_epochs": 1, "streamed_blocks": 2, "by_one_rank": True},
     "in files": {"count": 16, "row_tokens": 32, "num_train_epochs": 1, "streamed_blocks": 2, "spills": True},
 }
 
@@ -45,9 +48,11 @@ def make_trainer(name: str, folder: Path, world: World, **others: Any) -> Halfby
         folder.mkdir(parents=True)
         spill_folder = folder if options.pop("spills", False) else None
         on_cards = options.pop("on_cards", False)
-        stream_blocks_(
-            model, count, device=torch.device("cpu"), num_slots=2, spill_folder=spill_folder, on_cards=on_cards
-        )
+        others: dict[str, Any] = {"num_slots": 2, "spill_folder": spill_folder, "on_cards": on_cards}
+        if not options.pop("by_one_rank", False):
+            stream_blocks_(model, count, device=CPU, **others)
+        elif world.is_main:
+            stream_blocks_(model, count, device=CPU, **others, world=ALONE)
     return build_trainer(
         folder,
         model=model,
