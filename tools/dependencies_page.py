@@ -97,10 +97,10 @@ def render_page() -> str:
         + ",\n".join(others)
         + ".\n\nA torch with CUDA brings triton (MIT) and NVIDIA's libraries (NVIDIA's own licence) besides. None of "
         "these is needed to\nimport halfbyte or to train on a CPU.\n"
-        "\n`make wheel` tries the wheel in fresh environments. Tried in November 2026, without triton and extras, on a\n"
-        "CPU: Python 3.11 with torch 2.13.0 and Python 3.13 with torch 2.6.0, the lowest release allowed: all modules\n"
-        "import, and a step trains. With Python 3.12 no torch without CUDA was at hand: all files compile, the command\n"
-        "starts, its dependencies install; a step has not been tried.\n"
+        "\n`make wheel` tries the wheel in fresh environments. Tried in November 2026, without triton and extras, on\n"
+        "a CPU: Python 3.11 with torch 2.13.0 and Python 3.13 with torch 2.6.0, the lowest release allowed: all\n"
+        "modules import, and a step trains. With Python 3.12 no torch without CUDA was at hand: all files compile,\n"
+        "the command starts, its dependencies install; a step has not been tried.\n"
     )
 
 
