@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,9 @@ class LoadReport:
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.num_rows} rows, read as {self.format}"]
         if len(self.files) > 1:
-            lines.append(f"files read: {', '.join(self.files)}")
+            lines.append(f"files read: {_shortened(self.files)}")
         if self.left_out:
-            lines.append(f"files left out: {', '.join(self.left_out)}")
+            lines.append(f"files left out: {_shortened(self.left_out)}")
         if self.unused_columns:
             lines.append(f"columns not used: {', '.join(self.unused_columns)}")
         if self.dropped:
@@ -122,6 +122,11 @@ def examples_from_rows(
     """
     numbered = (Row(f"{name}:{number}", dict(fields)) for number, fields in enumerate(rows, start=1))
     return _convert(numbered, Recogniser(format, columns or {}), Source(name, split=""))
+
+
+def _shortened(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _telling(rows: Iterable[Row], on_progress: Callable[[int], None]) -> Iterator[Row]:

@@ -189,6 +189,8 @@ class LedgerMaker:
             ),
             Entry("copies of adapters in the compute dtype", copies * shape.layers * run.compute_bytes),
             *self._trained_words(pages),
+            # Adapters and state are copied; then one after the other is made into the bytes of its file.
+            Entry("a checkpoint on its way to the disk", 0, 4 * numbers + state + max(4 * numbers, state)),
         ]
 
     def _trained_words(self, pages: bool) -> list[Entry]:
