@@ -121,7 +121,7 @@ def test_a_checkpoint_on_its_way_is_planned_for() -> None:
     # Copies of the adapters and of the state, and the larger of the two files in memory.
     adapters, state = sum(p.nbytes for p in trained), file.getbuffer().nbytes
     run = RunShape(rank=512)
-    maker = LedgerMaker(ModelShape.from_config(TINY_CONFIGS["llama"].to_dict()), run, find_card("cpu"))
+    maker = LedgerMaker(ModelShape.from_config(TINY_CONFIGS["llama"].to_dict()), run, H100)
     ledger = maker.make(Choice(rows=1, policies=(("keep", 2),)))
     (entry,) = [entry for entry in ledger.entries if entry.purpose.startswith("a checkpoint")]
     assert entry.host_bytes == pytest.approx(adapters + state + max(adapters, state), rel=0.02)
