@@ -199,6 +199,13 @@ class LedgerMaker:
             ),
             Entry("copies of adapters in the compute dtype", copies * shape.layers * run.compute_bytes),
             *self._trained_words(pages),
+            # Adapters and state are copied; then one after the other is made into the bytes of its file. The first rank
+            # does it for all, out of the memory of which each is given its part.
+            Entry(
+                "a checkpoint on its way to the disk",
+                0,
+                (4 * numbers + state + max(4 * numbers, state)) // run.host_ranks,
+            ),
         ]
 
     def _trained_words(self, pages: bool) -> list[Entry]:
