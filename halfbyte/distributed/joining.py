@@ -11,15 +11,19 @@ import datetime
 import os
 from collections.abc import Iterator
 
+from halfbyte.distributed.heartbeat import SILENCE_SECONDS, Heart, Place
 from halfbyte.distributed.world import ALONE, World, WorldError, shorten
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
+AGENT_KEEPS_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
-# Longer than any rank may be busy alone: loading a model, writing a checkpoint.
+# Longer than any rank may be busy alone: loading a model, writing a checkpoint. Ranks that vanish meanwhile are noticed
+# by their missing heartbeats.
 PATIENCE = datetime.timedelta(minutes=20)
 
 _joined: list[World] = []
+_hearts: list[Heart] = []
 
 
 def current_world() -> World:
@@ -34,27 +38,29 @@ def num_ranks() -> int:
 
 
 @contextlib.contextmanager
-def join_world(*, on_cpu: bool = False) -> Iterator[World]:
+def join_world(*, on_cpu: bool = False, silence_seconds: float = SILENCE_SECONDS) -> Iterator[World]:
     """Be one of the ranks that torchrun has started, inside the `with` block; alone where it has started none.
 
     Args:
         on_cpu: Whether training is to be on the CPU, whatever GPUs there are.
+        silence_seconds: How long a rank may be silent until the others take it for lost and end; see `heartbeat`.
 
     Raises:
         WorldError: The ranks cannot find each other.
     """
-    world = enter_world(on_cpu=on_cpu)
+    world = enter_world(on_cpu=on_cpu, silence_seconds=silence_seconds)
     try:
         yield world
     except BaseException:
         # Whatever ended it, Ctrl-C too, goes on its way. The others may be waiting for this rank: its end tells them,
         # and an orderly goodbye would wait for them.
         _joined.clear()
+        _stop_heart(goodbye=False)
         raise
     leave_world()
 
 
-def enter_world(*, on_cpu: bool = False) -> World:
+def enter_world(*, on_cpu: bool = False, silence_seconds: float = SILENCE_SECONDS) -> World:
     """Join, and stay; see `join_world`."""
     if _joined or "WORLD_SIZE" not in os.environ:
         return current_world()
@@ -74,7 +80,12 @@ def enter_world(*, on_cpu: bool = False) -> World:
     try:
         store, *_ = next(rendezvous("env://", rank, size, timeout=PATIENCE))
         # Ranks that torchrun starts again must not find where those before them were.
-        store = dist.PrefixStore(f"attempt-{os.environ.get(ATTEMPT, '0')}", store)
+        prefix = f"attempt-{os.environ.get(ATTEMPT, '0')}"
+        keeps_store = rank == 0 and os.environ.get(AGENT_KEEPS_STORE) != "True"
+        place = Place(host=store.host, port=store.port, prefix=prefix, rank=rank, size=size, keeps_store=keeps_store)
+        heart = Heart(place, limit_seconds=silence_seconds)
+        heart.introduce(store)
+        store = dist.PrefixStore(prefix, store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -82,6 +93,8 @@ def enter_world(*, on_cpu: bool = False) -> World:
             f"rank {rank} of {size} cannot meet the others at {where}: {shorten(error)}. Is the port in use by another "
             "run (torchrun --rdzv-endpoint=HOST:PORT chooses one), and does every host reach it?"
         ) from error
+    heart.start()
+    _hearts.append(heart)
     _forget_environment()
     _joined.append(
         World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, backend=backend.rpartition(":")[2])
@@ -94,8 +107,18 @@ def leave_world() -> None:
     if _joined:
         import torch.distributed as dist
 
-        _joined.pop().wait()
+        try:
+            _joined.pop().wait()
+        except BaseException:
+            _stop_heart(goodbye=False)
+            raise
+        _stop_heart(goodbye=True)
         dist.destroy_process_group()
+
+
+def _stop_heart(*, goodbye: bool) -> None:
+    while _hearts:
+        _hearts.pop().stop(goodbye=goodbye)
 
 
 def _read_environment() -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -52,9 +52,33 @@ def start_torchrun(ranks: int, words: Sequence[object], *, options: Sequence[str
         *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"),
         *(*port, *options, *map(str, words)),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "lo"}
+    return _start(command, {})
+
+
+def start_ranks(ranks: int, words: Sequence[object]) -> list[subprocess.Popen[str]]:
+    """Start so many ranks without torchrun: nobody ends the others, and the first keeps the store.
+
+    Each leads a process group of its own, so that what it has started can be ended with it.
+    """
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    command = [sys.executable, *map(str, words)]
+    return [
+        _start(command, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, leads=True) for rank in range(ranks)
+    ]
+
+
+def _start(command: Sequence[str], variables: Mapping[str, str], *, leads: bool = False) -> subprocess.Popen[str]:
+    common = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, **common, **variables}
     return subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        cwd=REPOSITORY,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=leads,
     )
 
 
