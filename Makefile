@@ -3,7 +3,9 @@
 # make test     the tests            make test-gpu   those that need an NVIDIA GPU
 # make check    format, lint, types, layers
 # make fuzz     damage tens of thousands of files and count what comes of reading them; eight minutes
+# make wheel    build the wheel, and try it in a fresh environment; PYTHONS='python3.11 python3.13' tries it in several
 # make bench    time the operations; ONLY=load,train times some of them
+# make load     a million lines, a thousand shards, 32k context, rank 512: seconds and memory; half an hour
 # make faults   kill trainings 200 times at random moments, and compare what they come to
 
 PYTHON ?= python3
@@ -14,7 +16,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/
 # CPU build brings no triton, which the interpreted kernel tests want; with CUDA, torch brings the triton it was made with.
 TORCH := $(if $(HAS_GPU),torch,torch==2.13.0 $(if $(filter Linux,$(shell uname -s)),triton==3.6.0))
 
-.PHONY: setup demo test test-gpu check format bench faults fuzz clean
+.PHONY: setup demo test test-gpu check format wheel bench faults fuzz load clean
 
 setup: $(STAMP)
 
@@ -44,11 +46,17 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+wheel: setup
+	$(BIN)/python -m tools.try_wheel $(PYTHONS)
+
 bench: setup
 	$(BIN)/python -m benchmarks.run $(if $(ONLY),--only $(ONLY))
 
 fuzz: setup
 	$(BIN)/python -m benchmarks.fuzz_readers
+
+load: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.load
 
 faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.faults --kills 200

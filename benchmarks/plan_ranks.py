@@ -46,6 +46,7 @@ def plan_of(shape: ModelShape, ranks: int, network_gbps: float) -> MemoryPlan:
         batch_rows=ROWS,
         ranks=ranks,
         host_ranks=on_host,
+        cards_reach=True,
         pages_optimizer=True,
         peer_gbps=WITHIN_HOST if ranks <= RANKS_OF_HOST else network_gbps,
     )
@@ -70,8 +71,13 @@ def table() -> str:
                 f"{speed:,.0f} | {speed / ranks / perfect:.1%}"
                 for speed in (plan.tokens_per_second(plan.best) for plan in plans)
             ]
-            streamed = plans[0].best.choice.streamed_blocks
-            where = f"{streamed} of {shape.layers} blocks visit" if streamed else "on every card"
+            choice = plans[0].best.choice
+            where = (
+                f"{choice.streamed_blocks} of {shape.layers} blocks visit"
+                if choice.streamed_blocks
+                else "on every card"
+            )
+            where += " from the host's cards" if choice.home == "cards" else ""
             cards = f"{ranks}" if ranks <= RANKS_OF_HOST else f"{ranks}, {ranks // RANKS_OF_HOST} hosts"
             lines.append(
                 f"| {shape.name} | {cards} | {where} | {plans[0].best.time.seconds:.2f} s | {' | '.join(cells)} |"

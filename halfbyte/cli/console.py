@@ -24,6 +24,8 @@ def quiet_libraries() -> None:
     person has set wins.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # It tells of each try to reach the hub, with the whole address, be there a password in it.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     warnings.filterwarnings("ignore", module=CHATTY_LIBRARIES)

@@ -7,7 +7,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from halfbyte.cli.arguments import CommandParser, add_override, at_least
-from halfbyte.cli.console import json_text, printable, result_console
+from halfbyte.cli.console import json_text, printable, progress_console, result_console
 from halfbyte.cli.tuned import READING, find_tokenizer
 from halfbyte.config.load import make_section, parse_overrides
 
@@ -35,14 +35,16 @@ def run(args: argparse.Namespace) -> int:
     values = parse_overrides(args.overrides)
     options = make_section("data", values)
 
-    from halfbyte.data import build_renderer, load_examples, prepare, token_spans
+    from halfbyte.data import build_renderer, token_spans
+    from halfbyte.train.progress import prepare_examples, read_examples
 
-    loaded = load_examples(options.train, format=options.format, columns=options.columns, split=options.split)
+    progress = progress_console()
+    loaded = read_examples(options.train, options, progress)
     tokenizer = find_tokenizer(args.model, values.get("model.revision"))
     renderer = build_renderer(
         tokenizer, chat_template=options.chat_template, system=options.system, train_on=options.train_on
     )
-    prepared = prepare(loaded.examples, renderer, max_length=options.max_length, overlong=options.overlong)
+    prepared = prepare_examples(loaded.examples, renderer, options, progress)
     shown = {example.origin: token_spans(tokenizer, example) for example in prepared.examples[: args.show]}
     if args.json:
         record = {

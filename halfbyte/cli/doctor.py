@@ -11,6 +11,7 @@ from halfbyte.cli.arguments import CommandParser
 from halfbyte.cli.console import json_text, printable, progress_console
 from halfbyte.cli.diagnosis import Diagnosis, examine
 from halfbyte.cli.trial_step import TrialStep, try_step
+from halfbyte.errors import hide_logins
 
 SECTIONS = ()
 EXPLANATION = """
@@ -32,9 +33,9 @@ def run(args: argparse.Namespace) -> int:
     with console.status("training one step"):
         step = try_step()
     if args.json:
-        print(hide_home(json_text({**dataclasses.asdict(diagnosis), "step": dataclasses.asdict(step)})))
+        print(hide_private(json_text({**dataclasses.asdict(diagnosis), "step": dataclasses.asdict(step)})))
     else:
-        print(hide_home(show(diagnosis, step)))
+        print(hide_private(show(diagnosis, step)))
     return 0 if step.works else 1
 
 
@@ -52,9 +53,9 @@ def show(diagnosis: Diagnosis, step: TrialStep) -> str:
     return f"{body}\n\n{verdict} For a bug report, paste all of the above."
 
 
-def hide_home(text: str) -> str:
-    """Return text without the name of the home folder, which is often a person's."""
-    home = str(Path.home())
+def hide_private(text: str) -> str:
+    """Return text without logins, and without the name of the home folder, which is often a person's."""
+    home, text = str(Path.home()), hide_logins(text)
     return text.replace(home, "~") if len(home) > 1 else text
 
 

@@ -60,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
         is_fusable=shape.is_fusable,
         ranks=ranks,
         host_ranks=ranks,
+        # Who asks for it has the bridge that a size or a name does not tell of; training looks.
+        cards_reach=card.peer_gbps > 0 or not card.is_gpu or bool(config.memory.sharded),
     )
     budget = Budget(
         device_bytes=min(card.memory_bytes if card.is_gpu else 0, config.memory.gpu_bytes or card.memory_bytes),

@@ -26,6 +26,8 @@ class MemorySection:
     """Decoder blocks whose 4-bit weights live in host memory and visit the GPU. none: as the plan has it."""
     spill_folder: str | None = option(None, decides_result=False)
     """Folder on a fast disk for weights that host memory has no room for. none: no weights in files."""
+    sharded: bool | None = option(None, decides_result=False)
+    """Divide those blocks among the cards of a host, which read them from each other. none: as the plan has it."""
     embedding_on_host: bool | None = option(None, decides_result=False)
     """Keep the embedding in host memory, of which the GPU reads the rows it needs. none: as the plan has it."""
 

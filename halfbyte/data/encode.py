@@ -14,7 +14,7 @@ characters.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 # Text put before a piece so that tokenizers which add a space at the start of a text add it there and not to the piece.
 _ANCHORS = (":", "a", "\n")
 _CACHED_PROMPT_ENDS = 4096
+# The tokenizer takes some 700 bytes a token while it is at work, so what it is given at once is bounded.
+_CHARACTERS_AT_ONCE = 1 << 21
 
 
 class EncodedText(NamedTuple):
@@ -62,10 +64,16 @@ class Encoder:
         Raises:
             DataError: An answer cannot be split from its prompt by this tokenizer.
         """
-        if not texts:
-            return []
         if not self.tokenizer.is_fast:
             return [self._framed(text, self._encode_pieces(text)) for text in texts]
+        return [encoded for group in _group(texts) for encoded in self._encode_at_once(group)]
+
+    def encode_prompt(self, text: str, *, has_frame: bool) -> list[int]:
+        """Return the tokens that the model is given to go on from."""
+        ids = self._ids(text)
+        return [*self._missing_first_ids(ids), *ids] if has_frame else list(ids)
+
+    def _encode_at_once(self, texts: Sequence[MaskedText]) -> list[EncodedText]:
         batch = self.tokenizer(
             [text.text for text in texts],
             add_special_tokens=False,
@@ -78,11 +86,6 @@ class Encoder:
             self._framed(text, self._encode_whole(text, ids, offsets))
             for text, ids, offsets in zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True)
         ]
-
-    def encode_prompt(self, text: str, *, has_frame: bool) -> list[int]:
-        """Return the tokens that the model is given to go on from."""
-        ids = self._ids(text)
-        return [*self._missing_first_ids(ids), *ids] if has_frame else list(ids)
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -159,6 +162,20 @@ class Encoder:
 
     def _missing_first_ids(self, ids: Sequence[int]) -> tuple[int, ...]:
         return () if tuple(ids[: len(self._first_ids)]) == self._first_ids else self._first_ids
+
+
+def _group(texts: Sequence[MaskedText]) -> Iterator[list[MaskedText]]:
+    """Yield the texts in groups of so many characters, or of one that has more."""
+    group: list[MaskedText] = []
+    num_characters = 0
+    for text in texts:
+        if group and num_characters + len(text.text) > _CHARACTERS_AT_ONCE:
+            yield group
+            group, num_characters = [], 0
+        group.append(text)
+        num_characters += len(text.text)
+    if group:
+        yield group
 
 
 def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

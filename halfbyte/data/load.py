@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from halfbyte.data.sources import Source, find_source
 from halfbyte.errors import DataError
 
 _SHOWN = 5
+_ROWS_BETWEEN_PROGRESS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +42,9 @@ class LoadReport:
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.num_rows} rows, read as {self.format}"]
         if len(self.files) > 1:
-            lines.append(f"files read: {', '.join(self.files)}")
+            lines.append(f"files read: {_shortened(self.files)}")
         if self.left_out:
-            lines.append(f"files left out: {', '.join(self.left_out)}")
+            lines.append(f"files left out: {_shortened(self.left_out)}")
         if self.unused_columns:
             lines.append(f"columns not used: {', '.join(self.unused_columns)}")
         if self.dropped:
@@ -72,6 +73,7 @@ def load_examples(
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
     split: str = "train",
+    on_progress: Callable[[int], None] = lambda num_rows: None,
 ) -> ExampleSet:
     """Read examples from a file, a folder or the hub.
 
@@ -80,6 +82,7 @@ def load_examples(
         format: A format's name (see `formats`); None recognises it by the columns.
         columns: What the format's columns, turn keys and speakers are called in this data.
         split: Which split of a folder, a JSON document with several lists, or a data set.
+        on_progress: Is told how many rows are read, every ten thousand.
 
     Raises:
         DataError: Nothing there, nothing in it, or something in it that cannot be understood; with file and line.
@@ -96,7 +99,7 @@ def load_examples(
     """
     found = find_source(source, split=split)
     recogniser = Recogniser(format, columns or {})
-    return _convert(found.iter_rows(), recogniser, found)
+    return _convert(_telling(found.iter_rows(), on_progress), recogniser, found)
 
 
 def examples_from_rows(
@@ -119,6 +122,18 @@ def examples_from_rows(
     """
     numbered = (Row(f"{name}:{number}", dict(fields)) for number, fields in enumerate(rows, start=1))
     return _convert(numbered, Recogniser(format, columns or {}), Source(name, split=""))
+
+
+def _shortened(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _telling(rows: Iterable[Row], on_progress: Callable[[int], None]) -> Iterator[Row]:
+    for number, row in enumerate(rows, start=1):
+        yield row
+        if number % _ROWS_BETWEEN_PROGRESS == 0:
+            on_progress(number)
 
 
 def _convert(rows: Iterable[Row], recogniser: Recogniser, source: Source) -> ExampleSet:

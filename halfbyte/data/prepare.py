@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from halfbyte.data.examples import Dropped, Example, TokenizedExample
 from halfbyte.data.render import Renderer
+from halfbyte.data.rendering import iter_rendered
 from halfbyte.data.report import Cut, DataReport
 from halfbyte.errors import DataError
 
 Overlong = Literal["cut", "drop", "error"]
-# Enough for the tokenizer to use all cores, few enough that the offsets of a batch stay small.
-_BATCH_EXAMPLES = 1024
+Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,12 @@ class PreparedData:
 
 
 def prepare(
-    examples: Sequence[Example], renderer: Renderer, *, max_length: int, overlong: Overlong = "cut"
+    examples: Sequence[Example],
+    renderer: Renderer,
+    *,
+    max_length: int,
+    overlong: Overlong = "cut",
+    on_progress: Progress = lambda done, total: None,
 ) -> PreparedData:
     """Render examples and fit them into the context.
 
@@ -35,6 +40,7 @@ def prepare(
         max_length: Tokens an example may have.
         overlong: "cut" keeps the first max_length tokens, "drop" leaves the example out, "error" stops. A document (a
             text file) is never cut: it goes on in further examples that share one token, so that each is learned.
+        on_progress: Is told how many examples are done, of how many.
 
     Raises:
         DataError: Nothing is left to learn, an example is too long under "error", or one cannot be rendered.
@@ -45,11 +51,13 @@ def prepare(
         raise DataError(f"max_length is {max_length}, must be at least 2: one token to read and one to learn.")
     fitting = _Fitting(max_length, overlong)
     renderer.forget_counts()
-    for start in range(0, len(examples), _BATCH_EXAMPLES):
-        batch = examples[start : start + _BATCH_EXAMPLES]
-        for example, rendered in zip(batch, renderer.render_batch(batch), strict=True):
-            for tokenized in rendered:
+    done = 0
+    for batch, rendered in iter_rendered(examples, renderer):
+        for example, texts in zip(batch, rendered, strict=True):
+            for tokenized in texts:
                 fitting.add(tokenized, is_document=example.is_document)
+        done += len(batch)
+        on_progress(done, len(examples))
     report = DataReport(
         lengths=tuple(len(example) for example in fitting.kept),
         num_trained_tokens=sum(example.num_trained_tokens for example in fitting.kept),

@@ -10,6 +10,7 @@ so bytes that are not UTF-8 stop the run, with the place and the command that co
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
@@ -18,9 +19,10 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import Any, BinaryIO, NoReturn
 
 from halfbyte.data.examples import Row
+from halfbyte.data.gzip_file import MAX_LINE_BYTES, open_gzip, read_gzip
 from halfbyte.data.json_document import UNREADABLE_JSON, read_json_document, why_unreadable
 from halfbyte.errors import DataError
 
@@ -28,7 +30,7 @@ TEXT_SUFFIXES = (".txt", ".md")
 _BYTE_ORDER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _DELIMITERS = ",;\t|"
 # Longer than any sensible field: Python's own limit of 131072 characters rejects long documents.
-_MAX_FIELD_CHARACTERS = 2**31 - 1
+_MAX_FIELD_CHARACTERS = MAX_LINE_BYTES
 
 
 def file_kind(path: Path) -> str:
@@ -161,15 +163,17 @@ READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
 
 
 def _open_binary(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")
+    return open_gzip(path) if _is_packed(path) else path.open("rb")
+
+
+def _is_packed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
 
 
 def _read_text(path: Path) -> str:
-    with _open_binary(path) as stream:
-        try:
-            return stream.read().decode("utf-8-sig")
-        except UnicodeDecodeError:
-            pass
+    content = read_gzip(path) if _is_packed(path) else path.read_bytes()
+    with contextlib.suppress(UnicodeDecodeError):
+        return content.decode("utf-8-sig")
     _raise_bad_encoding(path)
 
 

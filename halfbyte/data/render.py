@@ -58,6 +58,7 @@ class Renderer:
         self._encoder = Encoder(tokenizer)
         self._given_template = chat_template
         self._counts: Counter[str] = Counter()
+        self._said: list[str] = []
 
     @functools.cached_property
     def template(self) -> ChatTemplate:
@@ -81,6 +82,20 @@ class Renderer:
     def forget_counts(self) -> None:
         """Start the counts in `notes` from nothing, for another set of examples."""
         self._counts.clear()
+        self._said.clear()
+
+    @property
+    def counts(self) -> Counter[str]:
+        """What was done to the examples so far, to be added to those of another process."""
+        return self._counts.copy()
+
+    def add_counts(self, counts: Counter[str]) -> None:
+        """Count what a renderer in another process has done."""
+        self._counts.update(counts)
+
+    def note(self, text: str) -> None:
+        """Put a line into `notes`."""
+        self._said.append(text)
 
     @property
     def notes(self) -> list[str]:
@@ -92,7 +107,8 @@ class Renderer:
                 notes.append("the template ends no turn; the end token follows the last answer, so that it is learned")
         if self.tokenizer.eos_token_id is None:
             notes.append("the tokenizer has no end token: plain texts end without one")
-        return notes + [text.format(self._counts[key]) for key, text in _NOTES.items() if self._counts[key]]
+        counted = [text.format(self._counts[key]) for key, text in _NOTES.items() if self._counts[key]]
+        return notes + counted + self._said
 
     def render(self, example: Example) -> list[TokenizedExample]:
         """Return an example as tokens and mask; several where the template rewrites earlier answers.

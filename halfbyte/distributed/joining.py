@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from halfbyte.distributed.heartbeat import SILENCE_SECONDS, Heart, Place
 from halfbyte.distributed.world import ALONE, World, WorldError, shorten
@@ -82,9 +83,12 @@ def enter_world(*, on_cpu: bool = False, silence_seconds: float = SILENCE_SECOND
         # Ranks that torchrun starts again must not find where those before them were.
         prefix = f"attempt-{os.environ.get(ATTEMPT, '0')}"
         keeps_store = rank == 0 and os.environ.get(AGENT_KEEPS_STORE) != "True"
-        place = Place(host=store.host, port=store.port, prefix=prefix, rank=rank, size=size, keeps_store=keeps_store)
+        meeting = _without_prefix(store)
+        place = Place(
+            host=meeting.host, port=meeting.port, prefix=prefix, rank=rank, size=size, keeps_store=keeps_store
+        )
         heart = Heart(place, limit_seconds=silence_seconds)
-        heart.introduce(store)
+        heart.introduce(meeting)
         store = dist.PrefixStore(prefix, store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
@@ -114,6 +118,15 @@ def leave_world() -> None:
             raise
         _stop_heart(goodbye=True)
         dist.destroy_process_group()
+
+
+def _without_prefix(store: Any) -> Any:
+    """Return the store of torchrun's own, which some releases of torch wrap for each attempt."""
+    import torch.distributed as dist
+
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return store
 
 
 def _stop_heart(*, goodbye: bool) -> None:

@@ -15,6 +15,8 @@ from halfbyte.errors import PlanError
 
 GIB = 2**30
 MIB = 2**20
+# NVLink of data-centre cards, one way; bridges between other cards are not assumed.
+PEER_GBPS = {"A100": 300.0, "H100 SXM": 450.0, "H200": 450.0, "B200": 900.0}
 # Measured on an H100 SXM in training steps: 745 of 989 TFLOP/s, 2700 of 3350 GB/s, 54 of 64 GB/s.
 PRODUCT_SHARE, MEMORY_SHARE, LINK_SHARE = 0.75, 0.8, 0.85
 PCIE3, PCIE4, PCIE5 = 16.0, 32.0, 64.0
@@ -36,6 +38,8 @@ class Card:
     """Bytes read and written a second, in 1e9."""
     link_gbps: float
     """The same between host and device, one way."""
+    peer_gbps: float = 0.0
+    """The same between two such cards of a host, one way; 0 where they reach each other through the host only."""
     has_bf16: bool = True
     has_fp8: bool = False
     is_measured: bool = False
@@ -54,6 +58,7 @@ def _sheet(
         product_tflops=tflops * PRODUCT_SHARE,
         memory_gbps=gbps * MEMORY_SHARE,
         link_gbps=link * LINK_SHARE,
+        peer_gbps=next((LINK_SHARE * gbps for card, gbps in PEER_GBPS.items() if name.startswith(card)), 0.0),
         has_bf16=bf16,
         has_fp8=fp8,
         cublas_bytes=CUBLAS_HOPPER_BYTES if name.startswith(("H100", "H200", "B200")) else CUBLAS_BYTES,
@@ -66,6 +71,8 @@ H100 = Card(
     product_tflops=745,
     memory_gbps=2700,
     link_gbps=54,
+    # Of NVLink's data sheet: measured is the link to the host.
+    peer_gbps=PEER_GBPS["H100 SXM"] * LINK_SHARE,
     has_fp8=True,
     is_measured=True,
     cublas_bytes=CUBLAS_HOPPER_BYTES,

@@ -99,11 +99,10 @@ class CostModel:
             backward += count * one.backward
             put_away += count * self.ledgers.sizes.kept_numbers(policy).host * self.run.compute_bytes * tokens
         link = self.card.link_gbps * 1e9
-        weights_from = DISK_BYTES_PER_SECOND if choice.spills else link
-        visits = choice.streamed_blocks * self.ledgers.slab_bytes / weights_from if self.card.is_gpu else 0.0
+        visits = self._visits(choice) if self.card.is_gpu else 0.0
         out = put_away / link if self.card.is_gpu else 0.0
-        # Weights in files and what is put away do not share a way.
-        back = max(visits, out) if choice.spills else visits + out
+        # Only weights in host memory share their way with what is put away.
+        back = visits + out if choice.home == "host" else max(visits, out)
         passes = max(forward, visits, out), max(backward, back)
         if not self.run.fused:
             # Each weight is fetched when it is expanded, and waited for.
@@ -115,6 +114,17 @@ class CostModel:
             optimizer_seconds=self._optimizer() + self.exchange_seconds,
             link_bound=sum(passes) > 1.02 * (forward + backward),
         )
+
+    def _visits(self, choice: Choice) -> float:
+        """Return the seconds in which all blocks that visit come once."""
+        num_bytes = choice.streamed_blocks * self.ledgers.slab_bytes
+        if choice.home == "files":
+            return num_bytes / DISK_BYTES_PER_SECOND
+        link = self.card.link_gbps * 1e9
+        if choice.home == "host":
+            return num_bytes / link
+        others = 1 - 1 / self.run.host_ranks
+        return others * num_bytes / (self.card.peer_gbps * 1e9 or link)
 
     @property
     def exchange_bytes(self) -> int:

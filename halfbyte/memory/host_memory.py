@@ -4,8 +4,8 @@ Pinned memory is the only kind that a GPU reads at the full speed of its link, a
 operating system gave us, page for page; torch's own pinned allocator would round 418 MB (a block of 65B) up to 512.
 
 The ranks of a host map one memory, and each pins its own mapping of it: weights are there once, however many GPUs they
-are read by. It has no name that could be left behind: the first rank makes a file that lives in memory alone, and the
-others open it through the first's list of open files.
+are read by. It has no name that could be left behind: one rank makes a file that lives in memory alone, and the others
+open it through that one's list of open files.
 
 Where host memory has no room, a file without a name on a disk is mapped: pages that the system needs for something else
 go back to the disk.
@@ -41,13 +41,14 @@ def allocate_pinned(num_bytes: int) -> torch.Tensor:
     return _pin(memory)
 
 
-def allocate_shared(num_bytes: int, world: World, *, is_pinned: bool) -> torch.Tensor:
+def allocate_shared(num_bytes: int, world: World, *, is_pinned: bool, owner: int = 0) -> torch.Tensor:
     """Return host memory, uint8, that is the same for all ranks of this host; all ranks must ask.
 
     Args:
         num_bytes: Of it.
         world: The ranks.
         is_pinned: Whether a GPU is fed from it.
+        owner: Number among the ranks of the host, of the one that makes it.
 
     Raises:
         PlanError: The system does not give or pin so much.
@@ -59,7 +60,7 @@ def allocate_shared(num_bytes: int, world: World, *, is_pinned: bool) -> torch.T
         return file
 
     try:
-        file = share_file(make, world)
+        file = share_file(make, world, owner=owner)
         memory = mmap.mmap(file, num_bytes)
         # The mapping stays.
         os.close(file)
@@ -69,21 +70,22 @@ def allocate_shared(num_bytes: int, world: World, *, is_pinned: bool) -> torch.T
     return _pin(memory) if is_pinned else torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def share_file(make: Callable[[], int], world: World) -> int:
-    """Return a descriptor of one file for all ranks of each host, which the first of them makes.
+def share_file(make: Callable[[], int], world: World, *, owner: int = 0) -> int:
+    """Return a descriptor of one file for all ranks of each host, which one of them makes.
 
     Args:
         make: Returns a new file, which needs no name.
         world: The ranks.
+        owner: Number of that one among the ranks of its host.
 
     Raises:
         OSError: It cannot be made or opened.
     """
-    mine = make() if world.local_rank == 0 else -1
-    pid, made = world.gather([os.getpid(), mine])[world.rank - world.local_rank]
-    if world.local_rank:
+    mine = make() if world.local_rank == owner else -1
+    pid, made = world.gather([os.getpid(), mine])[world.rank - world.local_rank + owner]
+    if world.local_rank != owner:
         mine = os.open(f"/proc/{pid}/fd/{made}", os.O_RDWR)
-    # The first keeps it open until all have it.
+    # Its maker keeps it open until all have it.
     world.wait()
     return mine
 

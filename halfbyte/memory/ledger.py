@@ -143,20 +143,7 @@ class LedgerMaker:
         if self.scales_bytes:
             entries.append(Entry("their scales", resident * self.scales_bytes))
         if choice.streamed_blocks:
-            slots = min(choice.slots, choice.streamed_blocks)
-            at_home = min(READ_BUFFERS, choice.streamed_blocks) if choice.spills else choice.streamed_blocks
-            note = f", {at_home} buffers on the host, the rest in files" if choice.spills else ""
-            # Buffers are a rank's own; memory to be read from is there once for all of a host.
-            sharers = 1 if choice.spills else self.run.host_ranks
-            note += f", one copy for {sharers} ranks" if sharers > 1 else ""
-            entries.append(
-                Entry(
-                    f"{what} of {choice.streamed_blocks} blocks that visit it",
-                    slots * self.slab_bytes,
-                    at_home * self.slab_bytes // sharers,
-                    f"{slots} slots on the device{note}",
-                )
-            )
+            entries += self._visitors(choice, what)
         embedding = shape.embedding_weights * itemsize
         on_host = embedding if choice.embedding_on_host else 0
         head = 0 if shape.ties_embedding else embedding
@@ -164,6 +151,29 @@ class LedgerMaker:
         entries.append(Entry(name, embedding - on_host + head, on_host))
         entries.append(Entry("norms and biases", (shape.norm_numbers + shape.other_numbers) * itemsize))
         return entries
+
+    def _visitors(self, choice: Choice, what: str) -> list[Entry]:
+        """Return the bytes of blocks that do not stay on every card: of their slots, and where they live."""
+        count, sharers = choice.streamed_blocks, self.run.host_ranks
+        if choice.home == "cards":
+            # The first rank of a host has one more where they do not come out even.
+            own = -(-count // sharers)
+            slots = min(choice.slots, count - count // sharers)
+            name = f"{what} of {own} blocks, this card's share of {count}"
+            return [
+                Entry(name, own * self.slab_bytes),
+                Entry("slots for the others, which visit", slots * self.slab_bytes, 0, f"{slots} slots on the device"),
+            ]
+        slots = min(choice.slots, count)
+        note = f"{slots} slots on the device"
+        at_home = count
+        if choice.home == "files":
+            # Buffers are a rank's own; memory to be read from is there once for all of a host.
+            at_home, sharers = min(READ_BUFFERS, count), 1
+            note += f", {at_home} buffers on the host, the rest in files"
+        note += f", one copy for {sharers} ranks" if sharers > 1 else ""
+        name = f"{what} of {count} blocks that visit it"
+        return [Entry(name, slots * self.slab_bytes, at_home * self.slab_bytes // sharers, note)]
 
     def _list_adapters(self) -> list[Entry]:
         numbers, shape, run = self.adapter_numbers, self.shape, self.run
@@ -189,6 +199,13 @@ class LedgerMaker:
             ),
             Entry("copies of adapters in the compute dtype", copies * shape.layers * run.compute_bytes),
             *self._trained_words(pages),
+            # Adapters and state are copied; then one after the other is made into the bytes of its file. The first rank
+            # does it for all, out of the memory of which each is given its part.
+            Entry(
+                "a checkpoint on its way to the disk",
+                0,
+                (4 * numbers + state + max(4 * numbers, state)) // run.host_ranks,
+            ),
         ]
 
     def _trained_words(self, pages: bool) -> list[Entry]:

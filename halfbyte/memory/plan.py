@@ -13,12 +13,13 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+from halfbyte.errors import PlanError
 from halfbyte.memory.activation_policy import CPU_LADDER, GPU_LADDER, Policy
 from halfbyte.memory.cards import Card
 from halfbyte.memory.cost_model import CostModel, StepTime
 from halfbyte.memory.ledger import Ledger, LedgerMaker
 from halfbyte.memory.model_shape import ModelShape
-from halfbyte.memory.run_shape import Choice, RunShape, runs_of
+from halfbyte.memory.run_shape import Choice, Home, RunShape, runs_of
 
 # Points of the coarse grid along blocks.
 GRID_POINTS = 17
@@ -50,6 +51,8 @@ class Pins:
     """Of every block; "offloaded" is put away as far as host memory goes."""
     streamed_blocks: int | None = None
     embedding_on_host: bool | None = None
+    sharded: bool | None = None
+    """Whether blocks that visit are divided among the cards of a host."""
 
 
 NO_PINS = Pins()
@@ -139,6 +142,14 @@ class Search:
 
     def __init__(self, shape: ModelShape, run: RunShape, card: Card, pins: Pins) -> None:
         self.shape, self.run, self.card, self.pins = shape, run, card, pins
+        if pins.sharded and not (run.cards_reach and run.host_ranks > 1):
+            why = (
+                "there is one rank on this host" if run.host_ranks == 1 else "its cards do not read each other's memory"
+            )
+            raise PlanError(
+                f"memory.sharded: {why}, so nothing can be divided among cards; leave it out, and blocks that do not "
+                "stay visit from host memory, of which all ranks share one copy"
+            )
         self._ledgers = LedgerMaker(shape, run, card)
         self._costs = CostModel(self._ledgers)
         self._grid = [self.evaluate(choice) for choice in self._choices(_points(shape.layers))]
@@ -196,10 +207,8 @@ class Search:
         for rows, policies, count, on_host in itertools.product(
             self._rows(), mixes, self._visiting(points), self._embedding_places()
         ):
-            for spills in (False, True) if self.run.may_spill and count else (False,):
-                yield Choice(
-                    rows=rows, policies=policies, streamed_blocks=count, embedding_on_host=on_host, spills=spills
-                )
+            for home in self._homes() if count else ("host",):
+                yield Choice(rows=rows, policies=policies, streamed_blocks=count, embedding_on_host=on_host, home=home)
 
     def _pairs(self) -> list[tuple[Policy, Policy]]:
         """Return pairs of policies, of which the last blocks have the first."""
@@ -225,6 +234,15 @@ class Search:
             return [self.pins.streamed_blocks]
         # Fewer than two slots bring nothing: blocks visit one after the other.
         return [0, *(count for count in points[::2] if count > 2)] if self.card.is_gpu and self.run.in_4bit else [0]
+
+    def _homes(self) -> Sequence[Home]:
+        """Return where blocks that visit may live."""
+        homes: list[Home] = []
+        if not self.pins.sharded:
+            homes += ["host", "files"] if self.run.may_spill else ["host"]
+        if self.pins.sharded is not False and self.run.cards_reach and self.run.host_ranks > 1:
+            homes.append("cards")
+        return homes
 
     def _embedding_places(self) -> list[bool]:
         if self.shape.ties_embedding or not self.card.is_gpu or "embed_tokens" in self.run.trained_whole:

@@ -12,7 +12,7 @@ from halfbyte.memory.activation_policy import Policy, describe_policies
 from halfbyte.memory.cost_model import CostModel
 from halfbyte.memory.ledger import LedgerMaker
 from halfbyte.memory.plan import NO_PINS, Candidate, MemoryPlan, Pins, make_plan
-from halfbyte.memory.run_shape import RunShape
+from halfbyte.memory.run_shape import Home, RunShape
 
 GIB, MIB = 2**30, 2**20
 MIN_ROW_TOKENS, MIN_RANK = 128, 4
@@ -23,6 +23,21 @@ POLICY_WORDS: dict[Policy, str] = {
     "mlp": "kept but for gate and up",
     "offload": "put away into host memory",
     "block": "computed again",
+}
+HOME_WORDS: dict[Home, str] = {
+    "host": "host memory",
+    "files": "files",
+    "cards": "the cards of this host, among which they are divided",
+}
+SHARE_WORDS: dict[Home, str] = {
+    "host": "a share in one host copy",
+    "files": "a share in one copy in files",
+    "cards": "its share of the others",
+}
+WAY_WORDS: dict[Home, str] = {
+    "host": "host and device exchange data",
+    "files": "the disk gives weights",
+    "cards": "cards exchange data",
 }
 CPU_GUESS = "a guess from the number of cores"
 GUESS = "scaled from an H100 by data sheets: a guess, within a third or so"
@@ -62,14 +77,16 @@ def describe_choice(plan: MemoryPlan, candidate: Candidate) -> list[str]:
     micro_batches = -(-run.batch_rows // choice.rows)
     parts = [f"micro-batch: {choice.rows} x {run.row_tokens} tokens, {micro_batches} a step"]
     if choice.streamed_blocks:
-        source = "files" if choice.spills else "host memory"
+        source = HOME_WORDS[choice.home]
         parts.append(f"weights: {choice.streamed_blocks} of {plan.shape.layers} blocks visit from {source}")
     elif plan.card.is_gpu:
         parts.append("weights: all on the device")
     if choice.embedding_on_host:
         parts.append("embedding: in host memory")
     if run.ranks > 1:
-        has = "the whole base" if not choice.streamed_blocks else "the blocks that stay, and a share in one host copy"
+        has = (
+            "the whole base" if not choice.streamed_blocks else f"the blocks that stay, and {SHARE_WORDS[choice.home]}"
+        )
         costs = CostModel(LedgerMaker(plan.shape, run, plan.card))
         parts.append(
             f"ranks: each of {run.ranks} has {has}; gradients are added up once a step, "
@@ -86,7 +103,7 @@ def describe_choice(plan: MemoryPlan, candidate: Candidate) -> list[str]:
 def describe_speed(plan: MemoryPlan) -> str:
     """Return the predicted speed."""
     time = plan.best.time
-    way = "the disk gives weights" if plan.best.choice.spills else "host and device exchange data"
+    way = WAY_WORDS[plan.best.choice.home]
     bound = f", as fast as {way}" if time.link_bound else ""
     trust = "" if plan.card.is_measured else f" ({GUESS if plan.card.is_gpu else CPU_GUESS})"
     return f"speed: about {_speed(plan, plan.best)}, {time.seconds:.3g} s a step{bound}{trust}"

@@ -29,6 +29,7 @@ def run_shape_of(
     is_fusable: bool = True,
     ranks: int = 1,
     host_ranks: int = 1,
+    cards_reach: bool = False,
 ) -> RunShape:
     """Return what a configuration asks for.
 
@@ -39,6 +40,7 @@ def run_shape_of(
         is_fusable: Whether fused blocks compute the model's layers, unless they are off.
         ranks: Processes that train together; the configuration is that of one.
         host_ranks: Of them, those on one host.
+        cards_reach: Whether these read the memory of each other's cards.
 
     Raises:
         PlanError: It asks for what no plan knows the size of.
@@ -54,6 +56,7 @@ def run_shape_of(
         batch_rows=batch_rows_of(config),
         ranks=ranks,
         host_ranks=host_ranks,
+        cards_reach=cards_reach,
         rank=max(lora.rank, *lora.rank_pattern.values()) if lora.rank_pattern else lora.rank,
         dora=lora.dora,
         keeps_first=alters_base(lora.init, lora.loftq_iterations),
@@ -108,6 +111,7 @@ def pins_of(config: RunConfig) -> Pins:
         policy=policies[wanted],
         streamed_blocks=config.memory.streamed_blocks,
         embedding_on_host=config.memory.embedding_on_host,
+        sharded=config.memory.sharded,
     )
 
 

@@ -11,6 +11,8 @@ from halfbyte.memory.activation_policy import Policy
 from halfbyte.memory.model_shape import PROJECTIONS
 
 DEFAULT_SLOTS = 3
+# Where weights live that visit a device: in host memory, in files, or divided among the cards of a host.
+Home = Literal["host", "files", "cards"]
 # Slabs in files that are read into pinned memory ahead of their use.
 READ_BUFFERS = 4
 
@@ -27,6 +29,8 @@ class RunShape:
     """Processes that train together, each on a card of its own."""
     host_ranks: int = 1
     """Of them, those on one host, which share what visits their cards."""
+    cards_reach: bool = False
+    """Whether cards of a host read each other's memory."""
     peer_gbps: float = 10.0
     """Bytes a second that a rank exchanges with others when gradients are added up, in 1e9."""
     rank: int = 16
@@ -79,13 +83,13 @@ class Choice:
     policies: tuple[tuple[Policy, int], ...]
     """Runs of blocks from the first: what each keeps, and how many."""
     streamed_blocks: int = 0
-    """Blocks whose 4-bit weights live in host memory, evenly spread."""
+    """Blocks whose 4-bit weights do not stay on every card, evenly spread."""
     slots: int = DEFAULT_SLOTS
     """Blocks that are on the device at a time, of those."""
     embedding_on_host: bool = False
     """Whether rows of the embedding are read from host memory."""
-    spills: bool = False
-    """Whether the weights of blocks that visit lie in files."""
+    home: Home = "host"
+    """Where the weights of those blocks live; on cards, each block on one of them, in turn."""
 
     @property
     def policy_of_blocks(self) -> tuple[Policy, ...]:

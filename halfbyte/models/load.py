@@ -225,6 +225,7 @@ def _make_slabs(
         count=residency.streamed_blocks,
         device=device,
         spill_folder=residency.spill_folder,
+        on_cards=residency.on_cards,
     )
 
 
@@ -233,6 +234,8 @@ def _settle_(model: PreTrainedModel, residency: Residency, dtype: torch.dtype, d
     notes = []
     if residency.streamed_blocks:
         place = "in host memory" if residency.spill_folder is None else f"in files under {residency.spill_folder}"
+        if residency.on_cards:
+            place = "divided among the cards of this host"
         notes.append(f"{place}: weights of {residency.streamed_blocks} decoder blocks, which visit {device}")
     if residency.embedding_on_host:
         moved = host_embedding_(model, dtype=dtype, device=device)

@@ -19,6 +19,7 @@ import json
 import math
 import mmap
 import os
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LENGTH_BYTES = 8
 # The limit of the reference implementation.
 MAX_HEADER_BYTES = 100_000_000
+MAX_OPEN_FILES = 16
 # Torch counts elements in 64 bits; an empty tensor's other dimensions are counted too.
 MAX_ELEMENTS = 2**48
 
@@ -100,13 +102,40 @@ def load_header(path: Path) -> Header:
     return Header(entries=tuple(entries), metadata=metadata)
 
 
+class MappedFiles:
+    """Files of one model, mapped when a tensor of theirs is read, a few at a time.
+
+    A mapping keeps its file open, and a process may have some hundreds or a thousand open: fewer than a large model in
+    small shards has files. What is read stays good when its file makes room for another, which comes at no cost since
+    tensors are read in the order in which they lie.
+    """
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Path, MappedFile] = OrderedDict()
+
+    def read(self, path: Path, entry: TensorEntry) -> torch.Tensor:
+        """Return a view of one tensor's bytes; see `MappedFile.read`.
+
+        Raises:
+            FormatError: The file cannot be read any more.
+        """
+        mapped = self._open.pop(path, None) or MappedFile(path)
+        self._open[path] = mapped
+        if len(self._open) > MAX_OPEN_FILES:
+            self._open.popitem(last=False)
+        return mapped.read(entry)
+
+
 class MappedFile:
     """A file mapped into memory, read one tensor at a time."""
 
     def __init__(self, path: Path) -> None:
-        with open(path, "rb") as file:
-            # A private mapping is writable as far as torch can see, and costs nothing while nobody writes.
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        try:
+            with open(path, "rb") as file:
+                # A private mapping is writable as far as torch can see, and costs nothing while nobody writes.
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except OSError as error:
+            raise FormatError(f"{path} cannot be read: {error.strerror or error}") from error
         self._last: tuple[int, int] | None = None
 
     def read(self, entry: TensorEntry) -> torch.Tensor:

@@ -87,7 +87,7 @@ def why_not_static(model: PreTrainedModel, num_prompts: int) -> str | None:
     if model.training or torch.is_autocast_enabled(device.type) or dtype not in DTYPES:
         return "it is in train mode or under autocast, or computes in an unusual dtype"
     if is_streamed(model):
-        return "weights of it live in host memory"
+        return "weights of it live elsewhere than on its device"
     if any(p.device != device for p in model.parameters() if p is not embedding.weight):
         return "it lies on several devices"
     decoder: Any = model.model

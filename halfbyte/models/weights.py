@@ -14,7 +14,7 @@ from halfbyte.errors import FormatError
 from halfbyte.models.gguf_file import GgufFile
 from halfbyte.models.gguf_names import iter_gguf_weights
 from halfbyte.models.pickle_file import load_pickle
-from halfbyte.models.safetensors_file import MappedFile, TensorEntry, load_header
+from halfbyte.models.safetensors_file import MappedFiles, load_header
 from halfbyte.models.source import ModelSource
 
 
@@ -55,6 +55,7 @@ def iter_weights(source: ModelSource) -> Iterator[tuple[str, LazyTensor]]:
 
 
 def _iter_files(source: ModelSource) -> Iterator[LazyTensor]:
+    files = MappedFiles()
     for path in source.weight_files:
         if source.kind == "gguf":
             for weight in iter_gguf_weights(GgufFile(path)):
@@ -77,23 +78,17 @@ def _iter_files(source: ModelSource) -> Iterator[LazyTensor]:
                     storage_dtype=tensor.dtype,
                 )
         else:
-            yield from _iter_safetensors(path)
+            yield from _iter_safetensors(path, files)
 
 
-def _iter_safetensors(path: Path) -> Iterator[LazyTensor]:
+def _iter_safetensors(path: Path, files: MappedFiles) -> Iterator[LazyTensor]:
     header = load_header(path)
-    mapped = MappedFile(path) if header.entries else None
-
-    def reader(entry: TensorEntry) -> Callable[[], torch.Tensor]:
-        assert mapped is not None
-        return lambda: mapped.read(entry)
-
     for entry in header.entries:
         yield LazyTensor(
             name=entry.name,
             shape=entry.shape,
             dtype=entry.dtype,
-            read=reader(entry),
+            read=functools.partial(files.read, path, entry),
             path=path,
             storage_dtype=entry.dtype,
             offset=entry.offset,

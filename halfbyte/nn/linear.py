@@ -4,7 +4,7 @@ The tensors of the weight are buffers: `.to(device)` moves them, and no `.half()
 them, for a scale in another dtype would be another weight. The bias is a frozen parameter like any other. The state
 dict has bitsandbytes' keys, so that a checkpoint of ours loads in plain transformers.
 
-A weight may live in host memory while the layer multiplies on a device, see `halfbyte.nn.streamed_block`. Then
+A weight may live elsewhere than where the layer multiplies, see `halfbyte.nn.streamed_block`. Then
 `.to(device)` leaves it where it lives.
 """
 
@@ -45,7 +45,7 @@ class Linear4bit(nn.Module):
         self._streamed_to: torch.device | None = None
         for name in TENSOR_NAMES:
             self.register_buffer(name, None)
-        self._set_quantized(q)
+        self.take(q)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod
@@ -60,7 +60,7 @@ class Linear4bit(nn.Module):
 
     @property
     def quantized(self) -> QuantizedTensor:
-        """The weight in 4 bits: this layer's buffers or, if they live on the host, their copy that is on the device."""
+        """The weight in 4 bits: this layer's buffers or, if they live elsewhere, their copy that is on the device."""
         return self.visitor or self.home
 
     @property
@@ -69,13 +69,13 @@ class Linear4bit(nn.Module):
         return self._streamed_to or self.packed.device
 
     @property
-    def lives_on_host(self) -> bool:
-        """Whether the weight is in host memory while the layer multiplies on a device."""
+    def lives_elsewhere(self) -> bool:
+        """Whether the weight is in host memory, or on another card, while the layer multiplies on a device."""
         return self._streamed_to is not None
 
-    def live_on_host(self, q: QuantizedTensor, device: torch.device) -> None:
+    def live_elsewhere(self, q: QuantizedTensor, device: torch.device) -> None:
         """Take the same weight in other memory, and multiply on `device`."""
-        self._set_quantized(q)
+        self.take(q)
         self._streamed_to = device
 
     @property
@@ -116,7 +116,8 @@ class Linear4bit(nn.Module):
             f"{spec.codebook}, block_size={spec.block_size}{double}"
         )
 
-    def _set_quantized(self, q: QuantizedTensor) -> None:
+    def take(self, q: QuantizedTensor) -> None:
+        """Use a weight of the same shape, or the same weight in other memory."""
         self._spec, self._weight_dtype = q.spec, q.dtype
         for name in TENSOR_NAMES:
             setattr(self, name, getattr(q, name))
@@ -124,7 +125,7 @@ class Linear4bit(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Linear4bit:
         before = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
         super()._apply(fn, recurse)
-        if self.lives_on_host:
+        if self.lives_elsewhere:
             self._buffers.update(before)
             return self
         for name, tensor in before.items():
@@ -151,10 +152,10 @@ class Linear4bit(nn.Module):
         mine = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
         if prefix + "weight" in mine:
             q = load_quantized(prefix, mine)
-            if self.lives_on_host:
-                error_msgs.append(f"{prefix}weight lives in host memory; load into a model whose weights do not")
+            if self.lives_elsewhere:
+                error_msgs.append(f"{prefix}weight does not live on the device; load into a model whose weights do")
             elif q.shape == (self.out_features, self.in_features):
-                self._set_quantized(q.to(self.packed.device))
+                self.take(q.to(self.packed.device))
             else:
                 error_msgs.append(
                     f"{prefix}weight has the shape {q.shape}, not {(self.out_features, self.in_features)}"

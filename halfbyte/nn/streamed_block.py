@@ -1,6 +1,6 @@
-"""The frozen 4-bit layers of a decoder block whose weights live in host memory.
+"""The frozen 4-bit layers of a decoder block whose weights live elsewhere: in host memory, or on another card.
 
-The layers keep their tensors, names and state dict; these lie side by side in one slab of pinned host memory. While the
+The layers keep their tensors, names and state dict; these lie side by side in one slab, wherever that is. While the
 block is on the device, a layer's `quantized` is what is there. Products outside fused blocks fetch a layer's weight
 themselves whenever they expand it.
 """
@@ -30,7 +30,7 @@ class StreamedBlock:
         self.slab, self.streamer = slab, streamer
         self.layers = {path: layer for path, layer in block.named_modules() if isinstance(layer, Linear4bit)}
         for path, layer in self.layers.items():
-            layer.live_on_host(slab.weights[path], streamer.device)
+            layer.live_elsewhere(slab.weights[path], streamer.device)
         self.index = streamer.admit(self)
 
     def arrive(self, *, backward: bool) -> None:

@@ -8,7 +8,7 @@ A checkpoint-<step> folder holds the adapter in PEFT's files, the tokenizer, and
     guard.pt          the running mean of losses
     scaler.pt         the loss scale, where fp16 has one
     trainer_state.json   transformers' own: step, epoch, log; the step is the place in the data
-    run_state.json    fingerprint of the data and more that a run may not be continued without
+    run_state.json    fingerprints of data and base model, and more that a run may not be continued without
     run.yaml          the options of the run, where it was started from some
     manifest.json     size and checksum of all these, see `manifest`
 
@@ -47,6 +47,13 @@ from halfbyte.train.manifest import find_damage
 OPTIMIZER_FILE, SCHEDULER_FILE, RANDOM_FILE = "optimizer.pt", "scheduler.pt", "random.pt"
 GUARD_FILE, SCALER_FILE = "guard.pt", "scaler.pt"
 RUN_STATE_FILE = "run_state.json"
+# What a person may have exchanged between two runs without an option saying so.
+CHANGED = {
+    "data": ("the training examples are", "the data, its template or the tokenizer has"),
+    "base": ("the weights of the base model are", "its files have"),
+}
+# Not in the checkpoints of older releases, which are gone on with all the same.
+KEPT_LATER = {"base"}
 
 
 @contextlib.contextmanager
@@ -186,8 +193,8 @@ def load_tensors(path: Path) -> Any:
         raise FormatError(f"{path} cannot be read as numbers and tensors: {error}") from error
 
 
-def check_run_state(checkpoint: Path, expected: dict[str, Any]) -> None:
-    """Make sure that a run goes on with what it was started with.
+def check_run_state(checkpoint: Path, expected: dict[str, Any]) -> dict[str, Any]:
+    """Make sure that a run goes on with what it was started with, and return all that its checkpoint says of it.
 
     Raises:
         ConfigError: It does not.
@@ -196,18 +203,21 @@ def check_run_state(checkpoint: Path, expected: dict[str, Any]) -> None:
     if not path.exists():
         raise FormatError(f"{checkpoint} is not a whole checkpoint: {path.name} is missing")
     found = json.loads(path.read_text(encoding="utf-8"))
-    different = [name for name, value in expected.items() if found.get(name) != value]
-    if "data" in different:
-        raise ConfigError(
-            f"the training examples are not those of the run that {checkpoint} belongs to: the data, its template or "
-            "the tokenizer has changed since. Put it back, begin anew with --overwrite, or name another folder"
-        )
+    unknown = KEPT_LATER - found.keys()
+    different = [name for name, value in expected.items() if name not in unknown and found.get(name) != value]
+    for what, (names, changed) in CHANGED.items():
+        if what in different:
+            raise ConfigError(
+                f"{names} not those of the run that {checkpoint} belongs to: {changed} changed since. Put it back, "
+                "begin anew with --overwrite, or name another folder"
+            )
     if different:
         name = different[0]
         raise ConfigError(
             f"{checkpoint} belongs to a run with another {name} ({found.get(name)}, now {expected[name]}); resume with "
             "the same options and data, or start a new run"
         )
+    return found
 
 
 def _beside(folder: Path, what: str) -> Path:

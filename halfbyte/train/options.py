@@ -17,6 +17,8 @@ class TrainerOptions:
     """Pack examples into rows of this many tokens; None pads each batch to its longest."""
     base_model: str | None = None
     """Name or folder of the base model, written into the adapter's files; None takes the model's own."""
+    base_fingerprint: str | None = None
+    """Of the base model (`halfbyte.models.fingerprint`), which a run is not gone on with another of; None asks not."""
     lora: LoraSpec | None = None
     """How the adapters were attached, written likewise; None reads it off the model."""
     fused: bool = True

@@ -19,6 +19,7 @@ from halfbyte.errors import ConfigError, PlanError
 from halfbyte.memory.activation_policy import Policy
 from halfbyte.memory.cards import CONTEXT_BYTES, Card
 from halfbyte.memory.model_shape import ModelShape
+from halfbyte.memory.peer_memory import reach_each_other
 from halfbyte.memory.plan import Budget, MemoryPlan, Pins, make_plan
 from halfbyte.memory.plan_text import show_plan, size_of, why_nothing_fits
 from halfbyte.memory.request import (
@@ -82,6 +83,7 @@ def plan_run(config: RunConfig, device: torch.device) -> PlannedRun:
             is_fusable=shape.is_fusable,
             ranks=world.size,
             host_ranks=world.local_size,
+            cards_reach=world.local_size > 1 and reach_each_other(world, device),
         )
     except PlanError as error:
         return _unplanned(config, str(error))
@@ -94,7 +96,8 @@ def plan_run(config: RunConfig, device: torch.device) -> PlannedRun:
         residency=Residency(
             streamed_blocks=choice.streamed_blocks,
             embedding_on_host=choice.embedding_on_host,
-            spill_folder=_spill_folder(config) if choice.spills else None,
+            spill_folder=_spill_folder(config) if choice.home == "files" else None,
+            on_cards=choice.home == "cards",
         ),
         policies=choice.policy_of_blocks if run.fused else None,
         text=show_plan(plan),
@@ -155,6 +158,7 @@ def _unplanned(config: RunConfig, why: str) -> PlannedRun:
             streamed_blocks=memory.streamed_blocks or 0,
             embedding_on_host=bool(memory.embedding_on_host),
             spill_folder=_spill_folder(config),
+            on_cards=bool(memory.sharded) and current_world().local_size > 1,
         ),
         policies=None,
         text=f"no memory plan: {why}" + (f"; held to {size_of(memory.gpu_bytes)}" if memory.gpu_bytes else ""),

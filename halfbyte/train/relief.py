@@ -24,6 +24,7 @@ import torch
 from transformers import PreTrainedModel
 
 from halfbyte.device import free_bytes
+from halfbyte.distributed import ALONE
 from halfbyte.errors import PlanError
 from halfbyte.memory.activation_policy import GPU_LADDER, POLICY_TEXTS, Policy
 from halfbyte.models.fused_layers import iter_fused_layers, kept_bytes_per_token, set_policy
@@ -153,7 +154,8 @@ def relieve_(model: PreTrainedModel, device: torch.device, *, num_tokens: int) -
         return f"activations of {blocks} are {POLICY_TEXTS[cheapest]}"
     has_4bit = any(isinstance(module, Linear4bit) for module in model.modules())
     if device.type == "cuda" and has_4bit and not is_streamed(model):
-        stream_blocks_(model, len(layers), device=device)
+        # Other ranks may have room, and are not here: this one's copy is its own.
+        stream_blocks_(model, len(layers), device=device, world=ALONE)
         return "4-bit weights live in host memory and visit the device"
     return None
 

@@ -104,7 +104,9 @@ class ResumableTrainer(Trainer):
             if not self.world.is_main:
                 return
             self.saver.wait()
-            snapshot = take_snapshot(self, run_state=self._run_state(), config_text=self.options.config_text)
+            snapshot = take_snapshot(
+                self, run_state=self._run_state() | self._how(), config_text=self.options.config_text
+            )
         self.saver.save(
             snapshot,
             keep=self.args.save_total_limit,
@@ -117,6 +119,7 @@ class ResumableTrainer(Trainer):
         """Return what must be the same for a run to be continued."""
         return {
             "data": self._data_fingerprint,
+            **({} if self.options.base_fingerprint is None else {"base": self.options.base_fingerprint}),
             "row_tokens": self.options.row_tokens,
             "per_device_train_batch_size": self.args.per_device_train_batch_size,
             # Of all ranks together: n ranks take at once what one takes in n turns.
@@ -127,13 +130,26 @@ class ResumableTrainer(Trainer):
             **{name: getattr(self.args, name) for name in OPTIMIZER_NUMBERS},
         }
 
+    def _how(self) -> dict[str, Any]:
+        """Return what may be another when a run is continued, which then is not the same to the last bit."""
+        return {"cpu_threads": torch.get_num_threads()} if self.model_device.type == "cpu" else {}
+
     @functools.cached_property
     def _data_fingerprint(self) -> str:
         return fingerprint_examples(self.train_dataset)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        files.check_run_state(Path(resume_from_checkpoint), self._run_state())
+        before = files.check_run_state(Path(resume_from_checkpoint), self._run_state())
+        self._compare_threads(before.get("cpu_threads"))
         files.restore_adapter_(self.model, Path(resume_from_checkpoint))
+
+    def _compare_threads(self, before: Any) -> None:
+        now = self._how().get("cpu_threads")
+        if self.world.is_main and isinstance(before, int) and now is not None and before != now:
+            self.tell(
+                f"going on, but not bit for bit: {before} thread{'s' if before > 1 else ''} then, {now} now, which add "
+                f"in another order; OMP_NUM_THREADS={before} makes it so"
+            )
 
     def _load_best_model(self) -> None:
         files.restore_adapter_(self.model, Path(self.state.best_model_checkpoint))

@@ -23,6 +23,7 @@ from halfbyte.config.load import lasting_config, to_yaml
 from halfbyte.config.resolve import config_of_all
 from halfbyte.device import keep_freed_memory, resolve_device
 from halfbyte.distributed import World, current_world
+from halfbyte.models.fingerprint import fingerprint_base
 from halfbyte.nn import LoraSpec, adapters_disabled
 from halfbyte.train.callbacks import ProgressLine
 from halfbyte.train.continued import find_earlier
@@ -72,6 +73,7 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
     config = planned.config
     _say(console, planned.text)
     loaded = load_base(config, console, residency=planned.residency)
+    base_fingerprint = fingerprint_base(loaded.source)
     _say(console, loaded.report)
     if earlier is not None:
         loaded = dataclasses.replace(loaded, tokenizer_folder=earlier.tokenizer)
@@ -92,7 +94,7 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
             eval_dataset=None if data.held_out is None else data.held_out.examples,
             processing_class=loaded.tokenizer,
             callbacks=[progress],
-            options=_trainer_options(config, spec, planned),
+            options=_trainer_options(config, spec, planned, base_fingerprint=base_fingerprint),
         )
         for line in (*trainer.notes, trainer.describe_plan(), f"writing to {folder}"):
             _say(console, line)
@@ -135,10 +137,13 @@ def _train_and_compare(
     return judge.compare(before, judge.ask_tuned())
 
 
-def _trainer_options(config: RunConfig, spec: LoraSpec, planned: PlannedRun) -> TrainerOptions:
+def _trainer_options(
+    config: RunConfig, spec: LoraSpec, planned: PlannedRun, *, base_fingerprint: str
+) -> TrainerOptions:
     return TrainerOptions(
         row_tokens=config.data.max_length if config.data.packing else None,
         base_model=config.model.path,
+        base_fingerprint=base_fingerprint,
         lora=spec,
         fused=config.train.fused,
         cuda_graphs=config.train.cuda_graphs,

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from halfbyte.config import DataSection, LoraSection, RunConfig
+from halfbyte.config import LoraSection, RunConfig
 from halfbyte.config.adapter_init import begins_from_weights
 from halfbyte.config.load import save_run_config
 from halfbyte.config.output import REPORT_FILE, RUN_FILES, SUMMARY_FILE
@@ -23,8 +23,6 @@ from halfbyte.data import (
     Renderer,
     TokenizedExample,
     build_renderer,
-    load_examples,
-    prepare,
     split_held_out,
     token_spans,
 )
@@ -41,6 +39,7 @@ from halfbyte.quant import QuantSpec
 from halfbyte.train.arguments import HalfbyteArguments
 from halfbyte.train.checkpoint import find_checkpoint, list_checkpoints, remove_leftovers, step_of
 from halfbyte.train.continued import EarlierAdapter, check_targets
+from halfbyte.train.progress import prepare_examples, read_examples
 from halfbyte.train.samples import printable
 from halfbyte.train.tokens import RunTokens, spec_with_tokens, start_new_tokens_
 
@@ -157,19 +156,19 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, console: Co
     renderer = build_renderer(
         tokenizer, chat_template=options.chat_template, system=options.system, train_on=options.train_on
     )
-    loaded = load_examples(options.train, format=options.format, columns=options.columns, split=options.split)
+    loaded = read_examples(options.train, options, console)
     _say(console, loaded.report)
     if options.held_out is not None:
         training = loaded.examples
-        other = load_examples(options.held_out, format=options.format, columns=options.columns, split=options.split)
+        other = read_examples(options.held_out, options, console)
         _say(console, other.report)
         held_out = other.examples
     else:
         training, held_out = split_held_out(loaded.examples, options.held_out_fraction, config.train.seed)
-    train = _prepare(training, renderer, options)
+    train = prepare_examples(training, renderer, options, console)
     _say(console, train.report)
     console.print(mark_trained(tokenizer, train.examples[0], in_colour=console.color_system is not None))
-    prepared = _prepare(held_out, renderer, options) if held_out else None
+    prepared = prepare_examples(held_out, renderer, options, console) if held_out else None
     if prepared is not None:
         _say(
             console, f"held out: {prepared.report.num_examples} examples, {prepared.report.num_trained_tokens:,} tokens"
@@ -288,10 +287,6 @@ def _make_splits(config: RunConfig) -> NewSplits | None:
     if not begins_from_weights(config.lora.init):
         return None
     return NewSplits(make_lora_spec(config.lora, seed=config.train.seed))
-
-
-def _prepare(examples: list[Example], renderer: Renderer, options: DataSection) -> PreparedData:
-    return prepare(examples, renderer, max_length=options.max_length, overlong=options.overlong)
 
 
 def _check_context(model: PreTrainedModel, config: RunConfig) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from halfbyte.data import encode
 from halfbyte.data.encode import Encoder
 from halfbyte.data.masks import MaskedText
 from halfbyte.errors import DataError
@@ -125,3 +127,16 @@ def test_encode_explains_a_seam_that_cannot_be_cut() -> None:
     encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]"))
     with pytest.raises(DataError, match="cannot split 'yes' from the text before it"):
         encoder.encode([MaskedText("Answer:yes", ((7, 10),))])
+
+
+def test_encode_gives_the_tokenizer_so_much_at_once(
+    byte_level: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [MaskedText("order " * count, ((0, 5),)) for count in (1, 2, 30, 1, 1)]
+    whole = Encoder(byte_level).encode(texts)
+    monkeypatch.setattr(encode, "_CHARACTERS_AT_ONCE", 20)
+    assert [len(group) for group in encode._group(texts)] == [2, 1, 2]
+    for one, other in zip(whole, Encoder(byte_level).encode(texts), strict=True):
+        assert np.array_equal(one.input_ids, other.input_ids)
+        assert np.array_equal(one.loss_mask, other.loss_mask)
+    assert Encoder(byte_level).encode([]) == []

@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-import halfbyte.data.load
+import halfbyte.data.load as load
 from halfbyte.data.load import examples_from_rows, load_examples
 from halfbyte.errors import DataError
 
@@ -62,5 +62,21 @@ def test_examples_from_rows_explains_that_there_are_none() -> None:
 
 
 def test_load_examples_docstring_is_true() -> None:
-    assert doctest.testmod(halfbyte.data.load).failed == 0
-    assert doctest.testmod(halfbyte.data.load).attempted > 0
+    assert doctest.testmod(load).failed == 0
+    assert doctest.testmod(load).attempted > 0
+
+
+def test_load_report_names_few_of_many_files(tmp_path: Path) -> None:
+    for number in range(1000):
+        (tmp_path / f"{number:04}.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    report = load_examples(tmp_path).report
+    assert len(report.files) == report.num_rows == 1000
+    assert "0004.jsonl and 995 more" in str(report)
+
+
+def test_load_examples_tells_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "_ROWS_BETWEEN_PROGRESS", 2)
+    (tmp_path / "x.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 5)
+    told: list[int] = []
+    load_examples(tmp_path / "x.jsonl", on_progress=told.append)
+    assert told == [2, 4]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from halfbyte.data import rendering
 from halfbyte.data.examples import Example
 from halfbyte.data.prepare import prepare
 from halfbyte.data.render import Renderer, build_renderer
@@ -39,13 +39,20 @@ def test_prepare_counts_what_is_learned(renderer: Renderer) -> None:
 
 def test_prepare_batches_give_what_single_examples_give(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = [pair("Where?", "order " * (n % 7 + 1), f"a:{n}") for n in range(20)]
-    monkeypatch.setattr(sys.modules["halfbyte.data.prepare"], "_BATCH_EXAMPLES", 6)
+    monkeypatch.setattr(rendering, "BATCH_EXAMPLES", 6)
     prepared = prepare(examples, renderer, max_length=64)
     for example, made in zip(examples, prepared.examples, strict=True):
         (single,) = renderer.render(example)
         assert made.origin == example.origin
         assert np.array_equal(made.input_ids, single.input_ids)
         assert np.array_equal(made.loss_mask, single.loss_mask)
+
+
+def test_prepare_tells_how_far_it_is(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "BATCH_EXAMPLES", 2)
+    told: list[tuple[int, int]] = []
+    prepare([pair("Where?", "order")] * 5, renderer, max_length=64, on_progress=lambda *done: told.append(done))
+    assert told == [(2, 5), (4, 5), (5, 5)]
 
 
 def test_prepare_cuts_and_reports(renderer: Renderer) -> None:

@@ -31,7 +31,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("flags", [(), ("--streamed",)], ids=["resident", "streamed"])
+@pytest.mark.parametrize("flags", [(), ("--streamed",), ("--sharded",)], ids=["resident", "streamed", "sharded"])
 @pytest.mark.parametrize("own", [False, True], ids=["shared card", "own cards"])
 def test_ranks_on_gpus_train_as_one(
     own: bool, flags: tuple[str, ...], alone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import socket
@@ -32,11 +33,24 @@ def torchrun(ranks: int, words: Sequence[object], *, timeout: float = 240, optio
     return Finished(process.returncode, output)
 
 
+def torchrun_hosts(hosts: int, ranks: int, words: Sequence[object], *, timeout: float = 240) -> list[Finished]:
+    """Run a module or a script by so many ranks of each of several hosts, which are this one under several names."""
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", f"--nnodes={hosts}"]
+    processes = [start_torchrun(ranks, words, options=[*meeting, "--local-addr=127.0.0.1"]) for _ in range(hosts)]
+    with contextlib.ExitStack() as stack:
+        for process in processes:
+            stack.enter_context(process)
+            stack.callback(process.kill)
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    return [Finished(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
 def start_torchrun(ranks: int, words: Sequence[object], *, options: Sequence[str] = ()) -> subprocess.Popen[str]:
     """Start so many ranks, and return torchrun's own process."""
+    port = [] if any(option.startswith("--rdzv") for option in options) else [f"--master-port={free_port()}"]
     command = [
         *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"),
-        *(f"--master-port={free_port()}", *options, *map(str, words)),
+        *(*port, *options, *map(str, words)),
     ]
     return _start(command, {})
 

@@ -1,6 +1,6 @@
 """A small training on GPUs, through fused blocks and graphs; see test_ranks_gpu.
 
-torchrun --nproc-per-node=2 tests/distributed/train_gpu.py OUT.pt [--streamed]
+torchrun --nproc-per-node=2 tests/distributed/train_gpu.py OUT.pt [--streamed | --sharded]
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from halfbyte.device import default_device
 from halfbyte.distributed import current_world, join_world
+from halfbyte.memory.peer_memory import reach_each_other
 from halfbyte.models.attention import PACKED_ATTENTION, register_packed_attention
 from halfbyte.models.streaming import stream_blocks_
 from halfbyte.nn import LoraSpec, attach_adapters, iter_trainable, quantize_linears_
@@ -54,14 +55,14 @@ def nudge(model: PreTrainedModel, seed: int) -> None:
             parameter.mul_(1 + noise * TURNS * torch.finfo(torch.float32).eps)
 
 
-def train(*, streamed: bool, nudged: int | None = None) -> dict[str, Any]:
+def train(*, streamed: bool = False, sharded: bool = False, nudged: int | None = None) -> dict[str, Any]:
     """Train, the turns of a step shared out over the ranks, and return what came out."""
     device, world = default_device(), current_world()
     model = build_model(device)
     if nudged is not None:
         nudge(model, nudged)
-    if streamed:
-        stream_blocks_(model, 2, device=device, num_slots=2)
+    if streamed or sharded:
+        stream_blocks_(model, 2, device=device, num_slots=2, on_cards=sharded)
     with tempfile.TemporaryDirectory() as folder:
         trainer = HalfbyteTrainer(
             model,
@@ -94,10 +95,11 @@ def train(*, streamed: bool, nudged: int | None = None) -> dict[str, Any]:
 def main() -> None:
     out, *flags = sys.argv[1:]
     with join_world() as world:
-        result = train(streamed="--streamed" in flags)
+        result = train(streamed="--streamed" in flags, sharded="--sharded" in flags)
+        result["reach"] = reach_each_other(world, default_device())
         result["devices"] = world.gather(result.pop("device"))
         if "--nudged" in flags:
-            result["nudged"] = [train(streamed=False, nudged=seed)["loss"] for seed in range(3)]
+            result["nudged"] = [train(nudged=seed)["loss"] for seed in range(3)]
         if world.is_main:
             torch.save(result, Path(out))
 

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from halfbyte.distributed import World, current_world, join_world
+from halfbyte.distributed import ALONE, World, current_world, join_world
 from halfbyte.models.streaming import stream_blocks_
+from halfbyte.nn import Linear4bit
 from halfbyte.train import HalfbyteTrainer
 from tests.train.runs import build_examples, build_model, build_trainer, logged, trained_values
 
 # Micro-batches of a step over all ranks.
 TURNS = 4
+CPU = torch.device("cpu")
 # Steps of padded batches of two that come out even, of batches that leave some ranks with nothing, and packed rows.
 SCENARIOS: dict[str, dict[str, Any]] = {
     "even": {"count": 32, "row_tokens": None},
@@ -28,6 +32,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "whole state": {"count": 21, "row_tokens": 32, "optim": "adamw_torch"},
     # Frozen weights in memory that the ranks share, or in one file.
     "streamed": {"count": 16, "row_tokens": 32, "num_train_epochs": 1, "streamed_blocks": 2},
+    # Divided among the ranks, which read them from each other; with four of them, two have no share.
+    "sharded": {"count": 25, "row_tokens": 32, "num_train_epochs": 1, "streamed_blocks": 2, "on_cards": True},
+    # The first rank alone, as it does where memory runs out.
+    "relieved": {"count": 16, "row_tokens": 32, "num_train_epochs": 1, "streamed_blocks": 2, "by_one_rank": True},
     "in files": {"count": 16, "row_tokens": 32, "num_train_epochs": 1, "streamed_blocks": 2, "spills": True},
 }
 
@@ -39,7 +47,12 @@ def make_trainer(name: str, folder: Path, world: World, **others: Any) -> Halfby
     if count := options.pop("streamed_blocks", 0):
         folder.mkdir(parents=True)
         spill_folder = folder if options.pop("spills", False) else None
-        stream_blocks_(model, count, device=torch.device("cpu"), num_slots=2, spill_folder=spill_folder)
+        on_cards = options.pop("on_cards", False)
+        others: dict[str, Any] = {"num_slots": 2, "spill_folder": spill_folder, "on_cards": on_cards}
+        if not options.pop("by_one_rank", False):
+            stream_blocks_(model, count, device=CPU, **others)
+        elif world.is_main:
+            stream_blocks_(model, count, device=CPU, **others, world=ALONE)
     return build_trainer(
         folder,
         model=model,
@@ -57,8 +70,14 @@ def outcome_of(trainer: HalfbyteTrainer) -> dict[str, Any]:
         "loss": logged(trainer),
         "grad_norm": logged(trainer, "grad_norm"),
         "held_out": trainer.measure().loss,
+        "visiting": current_world().gather(sum(module.lives_elsewhere for module in iter_linears(trainer.model))),
         "shared": [inode for inode in current_world().gather(shared_inodes()) if inode],
     }
+
+
+def iter_linears(model: nn.Module) -> Iterator[Linear4bit]:
+    """Yield the 4-bit layers of a model."""
+    return (module for module in model.modules() if isinstance(module, Linear4bit))
 
 
 def shared_inodes() -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.faults.conftest import Make
 from tests.faults.processes import Child, Outcome, newest_whole_step
@@ -151,6 +153,29 @@ def test_data_that_changed_between_two_runs_is_refused(make: Make, reference: Ou
     assert child.wait() == 2
     assert "the training examples are not those of the run" in child.text.splitlines()[-1]
     data.write_text(text)
+    run.finish()
+    Outcome.of(run.folder).assert_equal(reference)
+
+
+def test_base_whose_weights_changed_between_two_runs_is_refused(
+    make: Make, reference: Outcome, source: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(source / "model", model)
+    run = dataclasses.replace(make(), model=model)
+    child = run.start()
+    child.wait_until(lambda: child.saved_step >= 2)
+    child.kill()
+    path = model / "model.safetensors"
+    content = path.read_bytes()
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("down_proj.weight"))
+    save_file({**tensors, name: tensors[name] * 1.01}, path, metadata={"format": "pt"})
+    child = run.start()
+    assert child.wait() == 2
+    assert "the weights of the base model are not those of the run" in child.text.splitlines()[-1]
+    assert "Traceback" not in child.text
+    path.write_bytes(content)
     run.finish()
     Outcome.of(run.folder).assert_equal(reference)
 

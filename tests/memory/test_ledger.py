@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,26 @@ def test_bytes_of_weights_adapters_and_state_are_exact(family: str, double_quant
         if isinstance(tensor, torch.Tensor) and tensor.numel() > 1
     )
     assert optimizer_bytes(shape, run) == pytest.approx(state, rel=0.01)
+
+
+def test_a_checkpoint_on_its_way_is_planned_for() -> None:
+    model = build_tiny("llama")
+    quantize_linears_(model, QuantSpec())
+    attach_adapters(model, LoraSpec(rank=512))
+    trained = [parameter for _, parameter in iter_trainable(model)]
+    optimizer = build_optimizer("adamw_8bit", [{"params": trained}], lr=1e-3)
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    # Copies of the adapters and of the state, and the larger of the two files in memory.
+    adapters, state = sum(p.nbytes for p in trained), file.getbuffer().nbytes
+    run = RunShape(rank=512)
+    maker = LedgerMaker(ModelShape.from_config(TINY_CONFIGS["llama"].to_dict()), run, H100)
+    ledger = maker.make(Choice(rows=1, policies=(("keep", 2),)))
+    (entry,) = [entry for entry in ledger.entries if entry.purpose.startswith("a checkpoint")]
+    assert entry.host_bytes == pytest.approx(adapters + state + max(adapters, state), rel=0.02)
 
 
 def test_dora_is_planned_to_take_its_products_and_magnitudes() -> None:

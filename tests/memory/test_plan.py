@@ -127,6 +127,43 @@ def test_what_does_not_fit_is_refused_with_what_helps() -> None:
     assert "a card with more memory" in list(remedies(hopeless, Pins(rows=4)))[-1]
 
 
+SHARED = dataclasses.replace(RUN, ranks=4, host_ranks=4, cards_reach=True)
+
+
+def test_blocks_are_divided_among_cards_where_host_memory_is_short() -> None:
+    divided = plan("Llama-65B", 24, run=SHARED, host_gib=4)
+    assert divided.fits
+    assert divided.best.choice.home == "cards"
+    assert divided.best.ledger.device_bytes <= 0.98 * 24 * GIB
+    text = show_plan(divided)
+    assert "visit from the cards of this host" in text
+    assert "this card's share of" in text
+    # Whose cards do not reach each other, or who does not want it, has nothing that fits.
+    assert not plan("Llama-65B", 24, run=dataclasses.replace(SHARED, cards_reach=False), host_gib=4).fits
+    assert not plan("Llama-65B", 24, run=SHARED, host_gib=4, pins=Pins(rows=4, sharded=False)).fits
+
+
+def test_a_card_holds_its_share_and_slots_for_what_visits() -> None:
+    maker = LedgerMaker(shape_of("Llama-65B"), SHARED, H100)
+    choices = {
+        home: Choice(rows=4, policies=(("block", 80),), streamed_blocks=78, home=home) for home in ("host", "cards")
+    }
+    at_home, divided = (maker.make(choices[home]) for home in ("host", "cards"))
+    # 78 blocks on four cards: the first two have 20.
+    assert divided.device_bytes - at_home.device_bytes == 20 * maker.slab_bytes
+    assert at_home.host_bytes - divided.host_bytes == 78 * maker.slab_bytes // 4
+    costs = CostModel(maker)
+    assert costs.predict(choices["cards"]).seconds <= costs.predict(choices["host"]).seconds
+
+
+def test_dividing_among_cards_that_cannot_be_is_refused() -> None:
+    pins = Pins(rows=4, sharded=True)
+    with pytest.raises(PlanError, match="there is one rank on this host"):
+        plan("Llama-65B", 24, pins=pins)
+    with pytest.raises(PlanError, match="do not read each other's memory"):
+        plan("Llama-65B", 24, run=dataclasses.replace(SHARED, cards_reach=False), pins=pins)
+
+
 def test_unknown_projections_are_refused() -> None:
     with pytest.raises(PlanError, match="not router"):
         RunShape(targets=("q_proj", "router"))
@@ -136,10 +173,10 @@ def test_weights_go_to_files_where_host_memory_is_short() -> None:
     run = dataclasses.replace(RUN, may_spill=True)
     spilled = plan("Llama-65B", 8, run=run, host_gib=30)
     assert spilled.fits
-    assert spilled.best.choice.spills
+    assert spilled.best.choice.home == "files"
     assert spilled.best.ledger.host_bytes < 30 * GIB
     assert "visit from files" in show_plan(spilled)
-    assert not plan("Llama-65B", 8, run=run).best.choice.spills
+    assert plan("Llama-65B", 8, run=run).best.choice.home == "host"
     found = plan("Llama-65B", 8, host_gib=30)
     assert not found.fits
     assert any("memory.spill_folder" in step for step in remedies(found, Pins(rows=4)))

@@ -26,6 +26,8 @@ SPECS = {
     "all linear": LoraSpec(rank=4, alpha=8),
     "names": LoraSpec(rank=4, alpha=6, targets=("q_proj", "down_proj")),
     "regex": LoraSpec(rank=4, alpha=8, targets=ATTENTION),
+    # The tiny models' keys and values are 32 wide, everything else 64 or 96.
+    "wider than the layers": LoraSpec(rank=112, alpha=112),
     "rslora": LoraSpec(rank=4, alpha=8, rslora=True),
     "patterns": LoraSpec(
         rank=4, alpha=8, rank_pattern={"q_proj": 2, r"layers\.1\..*up_proj": 6}, alpha_pattern={"q_proj": 3}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from halfbyte.errors import FormatError
-from halfbyte.models.safetensors_file import DTYPES, MappedFile, load_header
+from halfbyte.models.safetensors_file import DTYPES, MAX_OPEN_FILES, MappedFile, MappedFiles, load_header
 
 TENSORS = {
     "plain": torch.randn(5, 7),
@@ -98,3 +99,24 @@ def write_file(folder: Path, header: object, data: bytes) -> Path:
     path = folder / "x.safetensors"
     path.write_bytes(len(raw).to_bytes(8, "little") + raw + data)
     return path
+
+
+def test_mapped_files_keep_few_open(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.safetensors" for number in range(2 * MAX_OPEN_FILES)]
+    for number, path in enumerate(paths):
+        save_file({"x": torch.full((3,), float(number))}, path)
+    entries = [load_header(path).entries[0] for path in paths]
+    files, open_before = MappedFiles(), len(os.listdir("/proc/self/fd"))
+    # Twice, so that files which had to make room are mapped again; what was read before stays good.
+    for _ in range(2):
+        values = [files.read(path, entry) for path, entry in zip(paths, entries, strict=True)]
+        assert [value[0].item() for value in values] == list(range(len(paths)))
+        del values
+        assert len(os.listdir("/proc/self/fd")) - open_before <= MAX_OPEN_FILES
+
+
+def test_mapped_files_name_one_that_has_gone(path: Path) -> None:
+    entry = load_header(path).entries[0]
+    path.unlink()
+    with pytest.raises(FormatError, match=r"x\.safetensors cannot be read"):
+        MappedFiles().read(path, entry)

@@ -139,3 +139,21 @@ def test_check_run_state_names_what_differs(tmp_path: Path) -> None:
     check_run_state(tmp_path, {"seed": 1, "data": "a"})
     with pytest.raises(ConfigError, match=r"another seed \(1, now 2\)"):
         check_run_state(tmp_path, {"seed": 2, "data": "a"})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("data", "the training examples are not those"), ("base", "the weights of the base model are not those")],
+)
+def test_check_run_state_says_what_was_exchanged(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "run_state.json").write_text(json.dumps({name: "a", "cpu_threads": 2}))
+    assert check_run_state(tmp_path, {name: "a"})["cpu_threads"] == 2
+    with pytest.raises(ConfigError, match=f"{message} of the run .* begin anew with --overwrite"):
+        check_run_state(tmp_path, {name: "b"})
+
+
+def test_check_run_state_goes_on_with_a_checkpoint_from_before_bases_were_compared(tmp_path: Path) -> None:
+    (tmp_path / "run_state.json").write_text(json.dumps({"data": "a"}))
+    check_run_state(tmp_path, {"data": "a", "base": "b"})
+    with pytest.raises(ConfigError, match="another seed"):
+        check_run_state(tmp_path, {"data": "a", "base": "b", "seed": 1})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import os
 import time
 from pathlib import Path
@@ -15,7 +16,8 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from halfbyte.errors import ConfigError, FormatError
 from halfbyte.train import HalfbyteTrainer
-from halfbyte.train.checkpoint import list_checkpoints
+from halfbyte.train.checkpoint import RUN_STATE_FILE, list_checkpoints
+from halfbyte.train.manifest import MANIFEST_FILE, write_manifest
 from halfbyte.train.random_state import read_random_state
 from tests.faults.processes import assert_same_tree
 from tests.train.runs import (
@@ -111,6 +113,31 @@ def test_resuming_from_the_last_step_takes_no_other(tmp_path: Path) -> None:
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == LAST
     assert_same_run(whole, again)
+
+
+def test_resuming_with_another_number_of_threads_is_said(tmp_path: Path) -> None:
+    options = {**OPTIONS, "optim": "adamw_torch"}
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(PowerCut):
+            build_trainer(tmp_path, callbacks=[Cut()], **options).train()
+        torch.set_num_threads(1)
+        resumed = build_trainer(tmp_path, **options)
+        with pytest.warns(UserWarning, match=r"not bit for bit: 2 threads then, 1 now.*; OMP_NUM_THREADS=2 makes it"):
+            resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.global_step == LAST
+        assert sum("not bit for bit" in note for note in resumed.notes) == 1
+        # Of a checkpoint that does not know, nothing is said; a warning would end this test.
+        for number, folder in enumerate(list_checkpoints(tmp_path)):
+            state = json.loads((folder / RUN_STATE_FILE).read_text())
+            assert state.pop("cpu_threads") == 2 - number
+            (folder / RUN_STATE_FILE).write_text(json.dumps(state))
+            (folder / MANIFEST_FILE).unlink()
+            write_manifest(folder)
+        build_trainer(tmp_path, **options).train(resume_from_checkpoint=True)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_clock_that_jumps_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
