@@ -162,7 +162,7 @@ class Heart:
         self._says_goodbye = goodbye
         self._stopped.set()
         # Both return at once, but for a talker that waits for a store that has vanished. Python must not end while a
-        # thread is inside torch, where it could not return to: the process would abort.
+        # thread is inside torch, which cannot return to it: the process would abort.
         self._judge.join(self._beat_seconds)
         self._talker.join(self._beat_seconds)
 
@@ -195,7 +195,7 @@ class Heart:
                     store.set(place.key(LOST), self._verdict)
                 answers = [answer.decode() for answer in store.multi_get(keys)]
             except (RuntimeError, OSError):
-                # All that torch and sockets raise of a connection. The judge counts the silence; another connection may succeed.
+                # All that torch and sockets raise of a connection. The judge counts the silence; another may succeed.
                 if is_last:
                     return
                 store = None
