@@ -125,7 +125,7 @@ def test_resolve_output_dir_goes_on_in_the_last_folder_of_its_own(in_folder: Pat
 
 def test_options_that_do_not_decide_the_result_are_few() -> None:
     free = {option.full_name for option in list_options() if not option.decides_result}
-    memory = "gpu host streamed_blocks spill_folder embedding_on_host"
+    memory = "gpu host streamed_blocks sharded spill_folder embedding_on_host"
     train = (
         "per_device_eval_batch_size gradient_checkpointing logging_steps eval_steps save_steps save_total_limit "
         "report_to dataloader_num_workers on_bad_step loss_spike num_samples max_sample_tokens resume overwrite"

@@ -73,7 +73,7 @@ def load_examples(
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
     split: str = "train",
-    on_progress: Callable[[int], None] = lambda num_rows: None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> ExampleSet:
     """Read examples from a file, a folder or the hub.
 
@@ -99,7 +99,8 @@ def load_examples(
     """
     found = find_source(source, split=split)
     recogniser = Recogniser(format, columns or {})
-    return _convert(_telling(found.iter_rows(), on_progress), recogniser, found)
+    rows = found.iter_rows() if on_progress is None else _telling(found.iter_rows(), on_progress)
+    return _convert(rows, recogniser, found)
 
 
 def examples_from_rows(

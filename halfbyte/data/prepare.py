@@ -30,7 +30,7 @@ def prepare(
     *,
     max_length: int,
     overlong: Overlong = "cut",
-    on_progress: Progress = lambda done, total: None,
+    on_progress: Progress | None = None,
 ) -> PreparedData:
     """Render examples and fit them into the context.
 
@@ -57,7 +57,8 @@ def prepare(
             for tokenized in texts:
                 fitting.add(tokenized, is_document=example.is_document)
         done += len(batch)
-        on_progress(done, len(examples))
+        if on_progress is not None:
+            on_progress(done, len(examples))
     report = DataReport(
         lengths=tuple(len(example) for example in fitting.kept),
         num_trained_tokens=sum(example.num_trained_tokens for example in fitting.kept),
