@@ -17,6 +17,7 @@ from halfbyte.errors import DataError
 
 MAX_LINE_BYTES = 2**28
 MAX_WHOLE_BYTES = 2**30
+PIECE_BYTES = 2**20
 
 
 def open_gzip(path: Path) -> BinaryIO:
@@ -30,13 +31,16 @@ def read_gzip(path: Path) -> bytes:
     Raises:
         DataError: It is too much.
     """
+    content = bytearray()
     with gzip.open(path, "rb") as stream:
-        content = stream.read(MAX_WHOLE_BYTES + 1)
-    if len(content) > MAX_WHOLE_BYTES:
-        raise _too_much(
-            path, "more", MAX_WHOLE_BYTES, ", or write one JSON object a line (.jsonl.gz), which is streamed"
-        )
-    return content
+        # In pieces, since a read of so many bytes takes memory for all of them at once.
+        while piece := stream.read(PIECE_BYTES):
+            content += piece
+            if len(content) > MAX_WHOLE_BYTES:
+                raise _too_much(
+                    path, "more", MAX_WHOLE_BYTES, ", or write one JSON object a line (.jsonl.gz), which is streamed"
+                )
+    return bytes(content)
 
 
 class _Unpacked(io.RawIOBase):
