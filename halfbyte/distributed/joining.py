@@ -114,6 +114,7 @@ def leave_world() -> None:
         try:
             _joined.pop().wait()
         except BaseException:
+            # As in `join_world`: whatever ended the waiting goes on its way, and this rank is not to be waited for.
             _stop_heart(goodbye=False)
             raise
         _stop_heart(goodbye=True)

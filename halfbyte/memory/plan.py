@@ -142,14 +142,8 @@ class Search:
 
     def __init__(self, shape: ModelShape, run: RunShape, card: Card, pins: Pins) -> None:
         self.shape, self.run, self.card, self.pins = shape, run, card, pins
-        if pins.sharded and not (run.cards_reach and run.host_ranks > 1):
-            why = (
-                "there is one rank on this host" if run.host_ranks == 1 else "its cards do not read each other's memory"
-            )
-            raise PlanError(
-                f"memory.sharded: {why}, so nothing can be divided among cards; leave it out, and blocks that do not "
-                "stay visit from host memory, of which all ranks share one copy"
-            )
+        if pins.sharded and not run.may_divide:
+            raise cannot_divide(host_ranks=run.host_ranks)
         self._ledgers = LedgerMaker(shape, run, card)
         self._costs = CostModel(self._ledgers)
         self._grid = [self.evaluate(choice) for choice in self._choices(_points(shape.layers))]
@@ -240,7 +234,7 @@ class Search:
         homes: list[Home] = []
         if not self.pins.sharded:
             homes += ["host", "files"] if self.run.may_spill else ["host"]
-        if self.pins.sharded is not False and self.run.cards_reach and self.run.host_ranks > 1:
+        if self.pins.sharded is not False and self.run.may_divide:
             homes.append("cards")
         return homes
 
@@ -248,6 +242,15 @@ class Search:
         if self.shape.ties_embedding or not self.card.is_gpu or "embed_tokens" in self.run.trained_whole:
             return [False]
         return [False, True] if self.pins.embedding_on_host is None else [self.pins.embedding_on_host]
+
+
+def cannot_divide(*, host_ranks: int) -> PlanError:
+    """Return the error that says why blocks are not divided among the cards of a host."""
+    why = "there is one rank on this host" if host_ranks == 1 else "its cards do not read each other's memory"
+    return PlanError(
+        f"memory.sharded: {why}, so nothing can be divided among cards; leave it out, and blocks that do not stay "
+        "visit from host memory, of which all ranks share one copy"
+    )
 
 
 def _points(layers: int) -> list[int]:

@@ -68,6 +68,11 @@ class RunShape:
     may_spill: bool = False
     """Whether weights of blocks may lie in files, for want of host memory."""
 
+    @property
+    def may_divide(self) -> bool:
+        """Whether blocks can be divided among the cards of a host."""
+        return self.cards_reach and self.host_ranks > 1
+
     def __post_init__(self) -> None:
         unknown = set(self.targets) - set(PROJECTIONS)
         if unknown:

@@ -90,7 +90,8 @@ class SlabFiller:
             )
         chosen = spread(count, len(blocks))
         self._paths = [path for index, path in enumerate(blocks) if index in chosen]
-        self._owners = dict(zip(self._paths, _owners_of(count, on_cards=on_cards), strict=True))
+        self._world = current_world()
+        self._owners = dict(zip(self._paths, _owners_of(count, self._world, on_cards=on_cards), strict=True))
         self._waiting: dict[str, dict[str, QuantizedTensor]] = collections.defaultdict(dict)
         self._slabs: dict[str, WeightSlab] = {}
 
@@ -113,14 +114,16 @@ class SlabFiller:
         if len(waiting) < siblings(block):
             return {}
         weights, owner = self._waiting.pop(block), self._owners[block]
-        self._slabs[block] = slab = make_slab(weights, self.device, spill_folder=self.spill_folder, owner=owner)
+        self._slabs[block] = slab = make_slab(
+            weights, self.device, world=self._world, spill_folder=self.spill_folder, owner=owner
+        )
         return {f"{block}.{name}": weight for name, weight in slab.weights.items()}
 
     def finish_(self, model: PreTrainedModel) -> None:
         """Give the loaded model its streamer."""
         streamer = BlockStreamer(self.device, num_slots=self.num_slots)
         for path in self._paths:
-            if not _stays(self._owners[path]):
+            if self._owners[path] != self._world.local_rank:
                 _settle_(model.get_submodule(path), self._slabs[path], streamer)
         setattr(model, STREAMER_ATTRIBUTE, streamer)
 
@@ -152,12 +155,13 @@ def stream_blocks_(
     blocks = list(iter_decoder_layers(model))
     if count > len(blocks):
         raise ConfigError(f"{count} blocks are to live in host memory, but {type(model).__name__} has {len(blocks)}")
+    world = world or current_world()
     streamer = BlockStreamer(device, num_slots=num_slots)
-    owners = _owners_of(count, on_cards=on_cards)
+    owners = _owners_of(count, world, on_cards=on_cards)
     for index, owner in zip(sorted(spread(count, len(blocks))), owners, strict=True):
         weights = quantized_layers(blocks[index])
-        slab = make_slab(weights, device, spill_folder=spill_folder, owner=owner, world=world)
-        if _stays(owner):
+        slab = make_slab(weights, device, world=world, spill_folder=spill_folder, owner=owner)
+        if owner == world.local_rank:
             _move_(blocks[index], slab)
         else:
             _settle_(blocks[index], slab, streamer)
@@ -180,9 +184,9 @@ def make_slab(
     weights: Mapping[str, QuantizedTensor],
     device: torch.device,
     *,
+    world: World,
     spill_folder: Path | None = None,
     owner: int | None = None,
-    world: World | None = None,
 ) -> WeightSlab:
     """Put the weights of a block into host memory from which `device` can be fed, into a file, or onto one card.
 
@@ -191,11 +195,10 @@ def make_slab(
     Args:
         weights: By name.
         device: Where they are used.
+        world: Ranks that all call this.
         spill_folder: Where the file is to be.
         owner: Number among the ranks of this host, of that on whose device they are to live.
-        world: Ranks that all call this; all there are, unless given.
     """
-    world = world or current_world()
     num_bytes, file, on_gpu = slab_bytes(weights), None, device.type == "cuda"
     if owner is not None:
         memory = allocate_at(owner, num_bytes, world=world, device=device)
@@ -218,13 +221,9 @@ def spread(count: int, total: int) -> set[int]:
     return {index * total // count for index in range(count)}
 
 
-def _owners_of(count: int, *, on_cards: bool) -> list[int | None]:
+def _owners_of(count: int, world: World, *, on_cards: bool) -> list[int | None]:
     """Return on which rank's card of its host each block that visits lives, in turn; None for those on no card."""
-    return [index % current_world().local_size if on_cards else None for index in range(count)]
-
-
-def _stays(owner: int | None) -> bool:
-    return owner == current_world().local_rank
+    return [index % world.local_size if on_cards else None for index in range(count)]
 
 
 def _named_blocks(model: PreTrainedModel) -> list[str]:

@@ -20,7 +20,7 @@ from halfbyte.memory.activation_policy import Policy
 from halfbyte.memory.cards import CONTEXT_BYTES, Card
 from halfbyte.memory.model_shape import ModelShape
 from halfbyte.memory.peer_memory import reach_each_other
-from halfbyte.memory.plan import Budget, MemoryPlan, Pins, make_plan
+from halfbyte.memory.plan import Budget, MemoryPlan, Pins, cannot_divide, make_plan
 from halfbyte.memory.plan_text import show_plan, size_of, why_nothing_fits
 from halfbyte.memory.request import (
     batch_rows_of,
@@ -70,6 +70,7 @@ def plan_run(config: RunConfig, device: torch.device) -> PlannedRun:
     config = share_of_batch(_like_the_run_before(config), world.size)
     card = card_of(device)
     budget = _measure_budget(config, device, card)
+    cards_reach = reach_each_other(world, device)
     if device.type == "cuda" and config.memory.gpu_bytes is not None:
         allowed = max(config.memory.gpu_bytes - card.context_bytes, 0)
         torch.cuda.set_per_process_memory_fraction(min(allowed / card.memory_bytes, 1.0), device.index or 0)
@@ -83,9 +84,11 @@ def plan_run(config: RunConfig, device: torch.device) -> PlannedRun:
             is_fusable=shape.is_fusable,
             ranks=world.size,
             host_ranks=world.local_size,
-            cards_reach=world.local_size > 1 and reach_each_other(world, device),
+            cards_reach=cards_reach,
         )
     except PlanError as error:
+        if config.memory.sharded and not (cards_reach and world.local_size > 1):
+            raise cannot_divide(host_ranks=world.local_size) from error
         return _unplanned(config, str(error))
     pins = pins_of(config)
     plan = make_plan(shape, run, card, budget, pins=pins)
@@ -158,7 +161,7 @@ def _unplanned(config: RunConfig, why: str) -> PlannedRun:
             streamed_blocks=memory.streamed_blocks or 0,
             embedding_on_host=bool(memory.embedding_on_host),
             spill_folder=_spill_folder(config),
-            on_cards=bool(memory.sharded) and current_world().local_size > 1,
+            on_cards=bool(memory.sharded),
         ),
         policies=None,
         text=f"no memory plan: {why}" + (f"; held to {size_of(memory.gpu_bytes)}" if memory.gpu_bytes else ""),

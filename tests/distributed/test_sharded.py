@@ -27,8 +27,11 @@ def test_a_run_with_a_divided_base_is_the_one_with_a_whole_base(tmp_path: Path) 
     assert len({summary["steps"] for summary in summaries}) == 1
 
 
-def test_one_rank_has_nobody_to_share_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("unplanned", [(), ("--lora.modules_to_save=norm",)], ids=["planned", "unplanned"])
+def test_one_rank_has_nobody_to_share_with(
+    unplanned: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [str(word) for word in words_of_a_run(tmp_path)[2:]]
-    assert main([*words, *SHARDED, "--output", str(tmp_path / "out")]) == 2
+    assert main([*words, *SHARDED, *unplanned, "--output", str(tmp_path / "out")]) == 2
     assert "memory.sharded: there is one rank on this host" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
