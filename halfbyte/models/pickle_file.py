@@ -6,11 +6,14 @@ where a person named that very file.
 
 from __future__ import annotations
 
+import os
 import pickle
+import pickletools
 import struct
 import warnings
 import zipfile
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -23,6 +26,12 @@ _DAMAGED = (
 )
 
 
+# torch searches its own messages by expressions whose time grows with the square of a name: 45,000 characters, 9 s.
+MAX_NAME_CHARACTERS = 1024
+# Of a file in torch's older format, before the numbers: magic number, version, system, tensors, names of storages.
+NUM_PICKLES = 5
+
+
 def load_pickle(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a pickled state dict, mapped from the file where its container allows it.
 
@@ -33,6 +42,9 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
         is_zip = zipfile.is_zipfile(path)
         if is_zip:
             _check_container(path)
+        else:
+            with path.open("rb") as file:
+                _check_names(file, path)
         # Only the zip container (torch 1.6 and later) can be mapped.
         with warnings.catch_warnings():
             # About protocols that torch does not write: such a file is read, or refused below.
@@ -58,5 +70,21 @@ def _check_container(path: Path) -> None:
     """Refuse a container whose parts are larger than they are in the file: torch packs nothing, a bomb does."""
     with zipfile.ZipFile(path) as container:
         packed = next((part for part in container.infolist() if part.file_size != part.compress_size), None)
-    if packed is not None:
-        raise FormatError(f"{path}: {packed.filename} is compressed, which torch.save does not do; save it again")
+        if packed is not None:
+            raise FormatError(f"{path}: {packed.filename} is compressed, which torch.save does not do; save it again")
+        for part in container.infolist():
+            if part.filename.endswith("data.pkl"):
+                with container.open(part) as file:
+                    _check_names(file, path)
+
+
+def _check_names(file: IO[bytes], path: Path) -> None:
+    """Refuse names of a length that no tensor or class has; nothing is unpickled for it."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    for _ in range(NUM_PICKLES):
+        if file.tell() == size:
+            return
+        for _, argument, _ in pickletools.genops(file):
+            if isinstance(argument, str) and len(argument) > MAX_NAME_CHARACTERS:
+                raise FormatError(f"{path} is damaged: it holds a name of {len(argument)} characters")

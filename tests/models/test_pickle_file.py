@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from halfbyte.errors import FormatError
-from halfbyte.models.pickle_file import load_pickle
+from halfbyte.models.pickle_file import MAX_NAME_CHARACTERS, load_pickle
 
 
 class RunsCode:
@@ -57,3 +57,14 @@ def test_load_pickle_refuses_anything_but_named_tensors(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1), "epoch": 3}, tmp_path / "x.bin")
     with pytest.raises(FormatError, match="something else than named tensors"):
         load_pickle(tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_load_pickle_refuses_endless_names(tmp_path: Path, is_zip: bool) -> None:
+    """Which torch would search through for minutes, making up its message."""
+    path = tmp_path / "x.bin"
+    torch.save({"a" * MAX_NAME_CHARACTERS: torch.ones(2)}, path, _use_new_zipfile_serialization=is_zip)
+    assert list(load_pickle(path)) == ["a" * MAX_NAME_CHARACTERS]
+    torch.save({"a" * 200_000: torch.ones(2)}, path, _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(FormatError, match="holds a name of 200000 characters"):
+        load_pickle(path)
