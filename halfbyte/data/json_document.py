@@ -6,6 +6,7 @@ exists as Python objects (about seven times its text).
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Generator, Iterator
@@ -16,6 +17,8 @@ from halfbyte.data.examples import Row
 from halfbyte.errors import DataError
 
 _SPACE = re.compile(r"[ \t\r\n]*")
+# Of names that a file gives, in a message; and how many of them.
+_SHOWN_CHARACTERS, _SHOWN_NAMES = 80, 10
 _DECODER = json.JSONDecoder()
 # Nesting by the thousand; whole numbers of thousands of digits.
 UNREADABLE_JSON = (RecursionError, ValueError)
@@ -103,9 +106,10 @@ def _object_rows(text: str, start: int, path: Path, split: str) -> Iterator[Row]
         return
     chosen = split if split in lists else next(iter(lists))
     if len(lists) > 1 and split not in lists:
+        names = ", ".join(name[:_SHOWN_CHARACTERS] for name in itertools.islice(lists, _SHOWN_NAMES))
         raise DataError(
-            f"{path}: holds several lists of rows ({', '.join(lists)}). Name the one to use, for example "
-            f"--data.split={chosen}"
+            f"{path}: holds several lists of rows ({names}). Name the one to use, for example "
+            f"--data.split={chosen[:_SHOWN_CHARACTERS]}"
         )
     yield from _list_rows(text, lists[chosen], path)
 

@@ -69,13 +69,17 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
 def _check_container(path: Path) -> None:
     """Refuse a container whose parts are larger than they are in the file: torch packs nothing, a bomb does."""
     with zipfile.ZipFile(path) as container:
-        packed = next((part for part in container.infolist() if part.file_size != part.compress_size), None)
+        packed = next((part for part in container.infolist() if _is_packed(part)), None)
         if packed is not None:
             raise FormatError(f"{path}: {packed.filename} is compressed, which torch.save does not do; save it again")
         for part in container.infolist():
             if part.filename.endswith("data.pkl"):
                 with container.open(part) as file:
                     _check_names(file, path)
+
+
+def _is_packed(part: zipfile.ZipInfo) -> bool:
+    return part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size
 
 
 def _check_names(file: IO[bytes], path: Path) -> None:

@@ -73,3 +73,10 @@ def test_read_json_document_takes_an_object_that_is_a_row() -> None:
 def test_read_json_document_explains_what_is_wrong(text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read(text)
+
+
+def test_names_of_lists_are_shown_in_part() -> None:
+    document = {f"{number}" * 5000: [{"a": 1}] for number in range(20)}
+    with pytest.raises(DataError, match="several lists of rows") as caught:
+        read(document)
+    assert len(str(caught.value)) < 1500
