@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from halfbyte.models.adapter_files import AdapterContent
 from halfbyte.train.checkpoint import find_checkpoint, list_checkpoints, load_tensors
 from halfbyte.train.saver import CheckpointSaver
 from halfbyte.train.snapshot import Snapshot, TokenizerFiles, copy_to_host
+from tests.train.full_disk import files_up_to
 from tests.train.tiny import build_tokenizer
 
 NO_TOKENIZER = TokenizerFiles(None)
@@ -36,15 +35,6 @@ class Told:
             texts={"run_state.json": "{}"},
         )
         self.saver.save(snapshot, keep=keep, choose_spared=lambda steps: {spared} & steps)
-
-
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file may grow beyond 10 kB: to whoever writes, a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_saver_writes_whole_checkpoints_and_rotates(tmp_path: Path) -> None:
@@ -72,12 +62,12 @@ def test_saver_replaces_a_checkpoint_of_the_same_step(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
-@pytest.mark.usefixtures("small_files")
 def test_saver_survives_a_full_disk(tmp_path: Path) -> None:
     told = Told(tmp_path)
-    told.save(1)
-    told.save(2, **{"scaler.pt": torch.zeros(10_000)})
-    told.saver.wait()
+    with files_up_to(10_000):
+        told.save(1)
+        told.save(2, **{"scaler.pt": torch.zeros(10_000)})
+        told.saver.wait()
     assert told.saver.failed_step == 2
     assert told.said == ["saved checkpoint-1"]
     assert "checkpoint-2: it could not be written: File too large" in told.warned[0]

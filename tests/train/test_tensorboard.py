@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from halfbyte.train.tensorboard import PatientTensorBoard
+from tests.train.full_disk import files_up_to
 from tests.train.runs import build_trainer
 
 
@@ -18,14 +18,9 @@ def test_tensorboard_that_cannot_write_does_not_end_a_run(tmp_path: Path) -> Non
     told: list[str] = []
     logger.tell = told.append
     trainer.saver.tokenizer.prepare()
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # Room for the first steps, then for nothing.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, before[1]))
     trainer.save_model = lambda *args: None
-    try:
+    with files_up_to(3_000):  # room for the first steps, then for nothing
         trainer.train()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert trainer.state.global_step == 30
     assert told
     assert "TensorBoard's logs could not be written: File too large; training goes on" in told[0]
