@@ -157,7 +157,8 @@ def fuse_layers_(
         reasons[f"{type(model).__name__} has no decoder layers that are known to fit"] = 1
     if reasons:
         return FusionReport(0, dict(reasons))
-    owners: dict[str, WeightOwner] = {}
+    # Of each card's buffers.
+    owners: dict[torch.device, dict[str, WeightOwner]] = collections.defaultdict(dict)
     shared = (DropoutSeeds(), ActivationOffload(), GradientSums())
     if adapters_ride is None:
         adapters_ride = compute_device_of(model).type == "cuda"
@@ -165,7 +166,8 @@ def fuse_layers_(
         if not isinstance(layer, FusedLayer):
             layer_class: Any = type(layer)
             layer.__class__ = _fused_class(layer_class)
-        binding: Any = _Binding(workspace_of(model), owners, policy, adapters_ride, *shared, fp8=fp8)
+        own = owners[_card_of(layer)]
+        binding: Any = _Binding(workspace_of(model), own, policy, adapters_ride, *shared, fp8=fp8)
         object.__setattr__(layer, "halfbyte_binding", binding)
     return FusionReport(len(layers), {})
 
@@ -207,6 +209,14 @@ def gradient_sums_of(model: PreTrainedModel) -> GradientSums:
 def iter_fused_layers(model: PreTrainedModel) -> Iterator[FusedLayer]:
     """Yield the layers that fused blocks compute."""
     return (layer for layer in model.modules() if isinstance(layer, FusedLayer))
+
+
+def fused_layers_by_card(model: PreTrainedModel) -> dict[torch.device, list[int]]:
+    """Return the numbers of the fused layers on each device, in order."""
+    numbers: dict[torch.device, list[int]] = {}
+    for number, layer in enumerate(iter_fused_layers(model)):
+        numbers.setdefault(_card_of(layer), []).append(number)
+    return numbers
 
 
 def kept_bytes_per_token(model: PreTrainedModel, policy: Policy, *, itemsize: int) -> list[KeptNumbers]:
@@ -282,6 +292,11 @@ def _norms_of(layer: Any) -> tuple[Any, ...]:
     """Return both norms of a layer and, where it has them, those of queries and keys."""
     heads = (getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm"))
     return (layer.input_layernorm, layer.post_attention_layernorm, *(norm for norm in heads if norm is not None))
+
+
+def _card_of(layer: Any) -> torch.device:
+    device: torch.device = layer.input_layernorm.weight.device
+    return device
 
 
 def _current_parts(layer: Any) -> BlockParts | None:
