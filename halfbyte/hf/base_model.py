@@ -125,6 +125,7 @@ class AutoModelForCausalLM:
         )
         if len(shares) > 1:
             say(f"{loaded.report.notes[-1]}; one computes at a time, all of them under torchrun")
+            say("where one card has room, device_map={'': 0} is quicker")
         if "use_cache" in kwargs:
             loaded.model.config.use_cache = kwargs["use_cache"]
         if quantization is not None and quantization.load_in_4bit:
