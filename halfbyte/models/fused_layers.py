@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from halfbyte.memory.activation_offload import ActivationOffload
 from halfbyte.memory.activation_policy import KeptNumbers, Policy
+from halfbyte.models.cache_name import cache_name
 from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.nn.convert import workspace_of
 from halfbyte.nn.decoder_block import decoder_block
@@ -104,11 +105,14 @@ class FusedLayer:
         past_key_values: Any = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        *,
+        cache: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Compute the layer as its class does; the arguments are transformers'."""
+        """Compute the layer as its class does; the arguments are transformers', of releases that differ."""
         kwargs |= {"position_ids": position_ids, "use_cache": use_cache}
-        parts = _current_parts(self) if past_key_values is None and position_embeddings is not None else None
+        cache = past_key_values if cache is None else cache
+        parts = _current_parts(self) if cache is None and position_embeddings is not None else None
         # Weights of attention, where they are asked for, are what the library's attention returns.
         shows_weights = kwargs.get("output_attentions", self.shows_attention)
         if parts is None or shows_weights or _is_better_unfused(self, hidden_states):
@@ -116,8 +120,8 @@ class FusedLayer:
             return plain.forward(
                 hidden_states,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
+                **{cache_name(_class_of(self)): cache},
                 **kwargs,
             )
         layer: Any = self
@@ -177,8 +181,7 @@ def unfuse_layers_(model: PreTrainedModel) -> None:
     for layer in model.modules():
         if isinstance(layer, FusedLayer):
             del layer.halfbyte_binding
-            plain: Any = type(layer).__mro__[2]
-            layer.__class__ = plain
+            layer.__class__ = _class_of(layer)
 
 
 def set_policy(model: PreTrainedModel, policy: Policy | Sequence[Policy]) -> None:
@@ -247,7 +250,7 @@ def iter_decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
 
 def why_not_fused(layer: nn.Module, *, takes_magnitudes: bool = False) -> str | None:
     """Return what keeps a layer from being fused, or None; `takes_magnitudes` for who can multiply by DoRA's."""
-    name = type(layer).__mro__[2].__name__ if isinstance(layer, FusedLayer) else type(layer).__name__
+    name = _class_of(layer).__name__ if isinstance(layer, FusedLayer) else type(layer).__name__
     if name not in LAYER_CLASSES:
         return f"{name} is not among the known layers"
     children = {child for child, _ in layer.named_children()}
@@ -292,6 +295,11 @@ def _norms_of(layer: Any) -> tuple[Any, ...]:
     """Return both norms of a layer and, where it has them, those of queries and keys."""
     heads = (getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm"))
     return (layer.input_layernorm, layer.post_attention_layernorm, *(norm for norm in heads if norm is not None))
+
+
+def _class_of(layer: FusedLayer) -> Any:
+    """Return the library's class of a fused layer."""
+    return type(layer).__mro__[2]
 
 
 def _card_of(layer: Any) -> torch.device:
