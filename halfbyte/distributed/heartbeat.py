@@ -23,6 +23,9 @@ A rank that is busy alone goes on beating, since threads take turns. A rank whos
 longer than the limit, in one call of a library that never lets go of it, counts as lost. That is accepted: no call
 here takes nearly as long, and a beat from another process would go on while the rank itself is frozen.
 
+The first to end for this reason closes its connections, and may be taken for the cause by those whose verdict is still
+to come. So a rank ends a beat after it was told, and one whose connections fail while a verdict is near hears it out.
+
 A rank that ends in order says goodbye and is no longer missed. After rank 0's goodbye, nobody listens any more. A rank
 that an exception ends says none: should its process linger, it must not keep the others waiting.
 """
@@ -50,6 +53,8 @@ if TYPE_CHECKING:
 SILENCE_SECONDS = 45.0
 # Beats in that time: one that is late, or several, must not matter.
 BEATS = 15
+# So many beats before somebody counts as lost, whoever loses a connection waits for the verdict that names the cause.
+NEAR_BEATS = 4
 # What the talker's calls may take, as a part of the limit: so that one lost answer is asked for again in time.
 CALL_SHARE = 1 / 3
 FLUSH_SECONDS = 2.0
@@ -115,6 +120,11 @@ class Silences:
         """Return the name of the host a rank was last heard from."""
         return self._beats[rank].partition(" ")[2] or "a host that never spoke"
 
+    @property
+    def longest_seconds(self) -> float:
+        """Of the rank that has been silent for longest, or of the store."""
+        return max(self.store_seconds, *self._seconds.values())
+
     def lost(self) -> str:
         """Return who has been silent for too long and since when; empty if nobody."""
         longest = max(self._seconds.values())
@@ -141,6 +151,8 @@ class Heart:
         """By rank 0, of whom it has lost."""
         self._verdict = ""
         """Of this rank's judge, to be told."""
+        self._is_near = False
+        """Whether the judge may soon end this process."""
         self._talker = threading.Thread(target=self._talk, name="halfbyte-beats", daemon=True)
         self._judge = threading.Thread(target=self._listen, name="halfbyte-listens", daemon=True)
 
@@ -165,6 +177,11 @@ class Heart:
         # thread is inside torch, which cannot return to it: the process would abort.
         self._judge.join(self._beat_seconds)
         self._talker.join(self._beat_seconds)
+
+    def hear_out(self) -> None:
+        """Wait for the verdict that ends this process, where one is near: connections may have failed because of it."""
+        if self._is_near or self._told or self._verdict:
+            self._judge.join(2 * NEAR_BEATS * self._beat_seconds)
 
     def _leave_at_exit(self) -> None:
         # In a fork of this process the threads do not run, and the connection is not its own.
@@ -224,6 +241,7 @@ class Heart:
             heard, self._heard = self._heard, None
             silences.add(now - looked, heard)
             looked = now
+            self._is_near = silences.longest_seconds > self._limit_seconds - NEAR_BEATS * self._beat_seconds
             if 0 in self._place.listened_to and silences.has_left(0):
                 return
             if verdict := self._told or silences.lost():
@@ -242,9 +260,8 @@ class Heart:
         """End this process, whatever its main thread waits for."""
         if tells:
             self._verdict = verdict
-            # The store may end with this process: time for one more beat here, and one there.
-            self._stopped.wait(2 * self._beat_seconds)
-        if self._stopped.is_set():
+        # The store may end with rank 0's process: time for one more beat here, and one there.
+        if self._stopped.wait((2 if tells else 1) * self._beat_seconds):
             return
         line = (
             f"halfbyte: {WorldError.label}rank {self._place.rank} of {self._place.size} ends, since another was lost. "

@@ -101,7 +101,14 @@ def enter_world(*, on_cpu: bool = False, silence_seconds: float = SILENCE_SECOND
     _hearts.append(heart)
     _forget_environment()
     _joined.append(
-        World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, backend=backend.rpartition(":")[2])
+        World(
+            rank=rank,
+            size=size,
+            local_rank=local_rank,
+            local_size=local_size,
+            backend=backend.rpartition(":")[2],
+            hear_out=heart.hear_out,
+        )
     )
     return current_world()
 

@@ -21,7 +21,7 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import HalfbyteError
@@ -51,6 +51,8 @@ class World:
     """Ranks of this host."""
     backend: str = "none"
     """What gradients go over: nccl or gloo."""
+    hear_out: Callable[[], None] | None = dataclasses.field(default=None, repr=False, compare=False)
+    """Called where a connection has failed; does not return where it is known why."""
 
     @property
     def is_main(self) -> bool:
@@ -166,6 +168,8 @@ class World:
             # torch's errors of memory are RuntimeErrors too.
             if type(error).__name__ == "OutOfMemoryError":
                 raise
+            if self.hear_out is not None:
+                self.hear_out()
             raise WorldError(
                 f"rank {self.rank} of {self.size} lost another rank while {purpose}: its own message says why "
                 f"({shorten(error)}). Checkpoints are whole: start all ranks again to go on from the last one"
