@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from halfbyte.device import default_compute_dtype, default_device
+from halfbyte.device import default_compute_dtype, default_device, free_bytes, resolve_device
 from halfbyte.distributed import enter_world
 from halfbyte.errors import ConfigError
 from halfbyte.hf.said import refuse_unknown, refuse_unless_default, say
@@ -33,6 +33,8 @@ _ONLY = {
     "use_auth_token": None,
     "tp_plan": None,
 }
+# All of them divide a model in proportion to the cards' free memory.
+SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 _KNOWN = {
     *_HARMLESS,
     *_ONLY,
@@ -109,7 +111,8 @@ class AutoModelForCausalLM:
         refuse_unknown(where, kwargs, _KNOWN)
         refuse_unless_default(where, kwargs, _ONLY)
         quantization = _quantization(kwargs)
-        device = _device(kwargs.get("device_map"))
+        shares = _card_shares(kwargs.get("device_map"))
+        device = str(next(iter(shares)))
         source = os.fspath(pretrained_model_name_or_path)
         loaded = load_model(
             source,
@@ -118,7 +121,11 @@ class AutoModelForCausalLM:
             device=device,
             attn_implementation=kwargs.get("attn_implementation"),
             revision=kwargs.get("revision"),
+            card_shares=shares,
         )
+        if len(shares) > 1:
+            say(f"{loaded.report.notes[-1]}; one computes at a time, all of them under torchrun")
+            say("where one card has room, device_map={'': 0} is quicker")
         if "use_cache" in kwargs:
             loaded.model.config.use_cache = kwargs["use_cache"]
         if quantization is not None and quantization.load_in_4bit:
@@ -187,17 +194,23 @@ def _quantization(kwargs: dict[str, Any]) -> BitsAndBytesConfig | None:
     return BitsAndBytesConfig(**{name: value for name, value in values.items() if name in fields})
 
 
-def _device(device_map: Any) -> str:
-    """The one device that `device_map` names; "auto" is this rank's GPU under torchrun, the first one, or the CPU."""
-    enter_world(on_cpu=device_map in ("cpu", {"": "cpu"}))
-    if device_map in (None, "auto", "balanced", "sequential"):
-        return str(default_device())
+def _card_shares(device_map: Any) -> dict[torch.device, float]:
+    """The devices that `device_map` means, and how much of a model each takes: of several GPUs what they have free.
+
+    "auto" and its like are this rank's GPU under torchrun, all GPUs of a process that is alone, or the CPU.
+    """
+    world = enter_world(on_cpu=device_map in ("cpu", {"": "cpu"}))
+    if device_map in SPREADS and world.size == 1 and torch.cuda.device_count() > 1:
+        cards = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+        return {card: float(free_bytes(card)) for card in cards}
+    if device_map is None or device_map in SPREADS:
+        return {default_device(): 1.0}
     if isinstance(device_map, dict) and set(device_map) == {""}:
         device_map = device_map[""]
     if isinstance(device_map, int):
-        return f"cuda:{device_map}"
+        device_map = torch.device("cuda", device_map)
     if isinstance(device_map, (str, torch.device)):
-        return str(device_map)
+        return {resolve_device(device_map): 1.0}
     raise ConfigError(f"device_map={device_map!r} cannot be honoured; give one device, for example device_map='auto'")
 
 

@@ -119,34 +119,35 @@ def adamw8bit(tables: AdamWTables, moments: Moments, codes: CodeTables | None, i
         return
     none = tables.steps
     element = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[inputs.dtype]
-    _kernel()[(num_programs,)](
-        tables.programs,
-        tables.tensors,
-        inputs.addresses,
-        tables.steps,
-        inputs.hyper,
-        none if inputs.grad_scale is None else inputs.grad_scale,
-        none if inputs.skip is None else inputs.skip,
-        moments.m,
-        moments.v,
-        none if moments.m_absmax is None else moments.m_absmax,
-        none if moments.v_absmax is None else moments.v_absmax,
-        none if codes is None else codes.values,
-        none if codes is None else codes.codes,
-        num_tensors,
-        tables.row,
-        ELEMENT=element,
-        ALIGNED=inputs.aligned,
-        HAS_SCALE=inputs.grad_scale is not None,
-        HAS_SKIP=inputs.skip is not None,
-        IN_8BIT=codes is not None,
-        BLOCKS=BLOCKS_PER_PROGRAM,
-        GROUP_SCALARS=_group_scalars(),
-        LOAD_MOMENT=_load_moment(),
-        STORE_MOMENT=_store_moment(),
-        num_warps=NUM_WARPS,
-        enable_fp_fusion=False,
-    )
+    with torch.cuda.device_of(tables.programs):
+        _kernel()[(num_programs,)](
+            tables.programs,
+            tables.tensors,
+            inputs.addresses,
+            tables.steps,
+            inputs.hyper,
+            none if inputs.grad_scale is None else inputs.grad_scale,
+            none if inputs.skip is None else inputs.skip,
+            moments.m,
+            moments.v,
+            none if moments.m_absmax is None else moments.m_absmax,
+            none if moments.v_absmax is None else moments.v_absmax,
+            none if codes is None else codes.values,
+            none if codes is None else codes.codes,
+            num_tensors,
+            tables.row,
+            ELEMENT=element,
+            ALIGNED=inputs.aligned,
+            HAS_SCALE=inputs.grad_scale is not None,
+            HAS_SKIP=inputs.skip is not None,
+            IN_8BIT=codes is not None,
+            BLOCKS=BLOCKS_PER_PROGRAM,
+            GROUP_SCALARS=_group_scalars(),
+            LOAD_MOMENT=_load_moment(),
+            STORE_MOMENT=_store_moment(),
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=False,
+        )
     tables.row = 1 - tables.row
 
 

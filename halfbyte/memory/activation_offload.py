@@ -100,12 +100,13 @@ class Offloaded:
 
 
 class ActivationOffload:
-    """Activations of one model that are put away. Serves one stream of execution, with or without a graph."""
+    """Activations of one model that are put away. Serves one stream of execution a card, with or without a graph."""
 
     def __init__(self) -> None:
         self._buffers: list[_HostBuffer] = []
         self._borrowings: list[_Borrowing] = []
-        self._copies: torch.cuda.Stream | None = None
+        self._copies: dict[torch.device, torch.cuda.Stream] = {}
+        """One for each card."""
         self._count = 0
         self.num_releases = 0
         """As long as it stays the same, what was pinned once is not pinned again, which no capture can do."""
@@ -174,9 +175,9 @@ class ActivationOffload:
 
     def release(self) -> None:
         """Give the pinned memory back; graphs that hold `host_memory` keep theirs."""
-        if self._copies is not None:
-            torch.cuda.synchronize(self._copies.device)
-            self.join()
+        for card in self._copies:
+            torch.cuda.synchronize(card)
+        self.join()
         self.num_releases += 1
         if self._buffers:
             self._buffers.clear()
@@ -195,16 +196,16 @@ class ActivationOffload:
 
     def _fork(self, device: torch.device) -> torch.cuda.Stream:
         """Return the copy stream, behind everything that the current stream has been given so far."""
-        if self._copies is None:
-            self._copies = torch.cuda.Stream(device)
+        if device not in self._copies:
+            self._copies[device] = torch.cuda.Stream(device)
+        copies = self._copies[device]
         # Out: protects the tensors, which kernels before are still writing. In: protects the memory that the tensors
         # were given, which kernels before may still use for what was freed there.
-        self._copies.wait_stream(torch.cuda.current_stream(device))
-        return self._copies
+        copies.wait_stream(torch.cuda.current_stream(device))
+        return copies
 
     def _borrow(self, tensors: tuple[torch.Tensor, ...]) -> _Borrowing:
-        assert self._copies is not None
-        borrowing = _Borrowing(tensors, self._copies.record_event())
+        borrowing = _Borrowing(tensors, self._copies[tensors[0].device].record_event())
         self._borrowings.append(borrowing)
         return borrowing
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from halfbyte.models.build import kept_in_fp32
+from halfbyte.models.card_split import CardSplit
 from halfbyte.models.placement import Placement
 from halfbyte.models.staging import iter_on_device
 from halfbyte.models.streaming import SlabFiller
@@ -39,6 +40,7 @@ class ModelFiller:
         targets: set[str],
         device: torch.device,
         dtype: torch.dtype,
+        split: CardSplit | None = None,
         slabs: SlabFiller | None = None,
         keeps_views: bool = False,
         splits: WeightSplits | None = None,
@@ -49,9 +51,10 @@ class ModelFiller:
             model: On the meta device.
             spec: How to quantise.
             targets: Paths of the linear layers that are to be in 4 bits, quantised here or by the checkpoint.
-            device: Where to put everything.
+            device: Where to put everything, and where to quantise it.
             dtype: What products run in, and what unquantised weights are held in; embedding and head of a model in 4
                 bits stay in 16 bits also where products run in fp32.
+            split: Which blocks go on to another card from there.
             slabs: Takes the 4-bit weights of blocks that are to live in host memory.
             keeps_views: Whether tensors that are there in the form that is wanted stay views of the mapped files.
             splits: Takes out of weights what adapters begin from.
@@ -61,6 +64,7 @@ class ModelFiller:
         self.compute_dtype = dtype
         self._spec = spec
         self._targets = targets
+        self.split = split
         self._slabs = slabs
         self._splits = splits
         self._split_paths = splits.prepare(model) if splits is not None else ()
@@ -112,8 +116,11 @@ class ModelFiller:
             return self._splits.split(path, weight, spec)
         return weight if spec is None else quantize_4bit(weight, spec)
 
+    def _card_of(self, path: str) -> torch.device:
+        return self.device if self.split is None else self.split.card_of(path)
+
     def _keep_quantized(self, path: str, q: QuantizedTensor) -> None:
-        self._quantized[path] = q
+        self._quantized[path] = q = q.to(self._card_of(path))
         if self._slabs is not None:
             self._quantized |= self._slabs.take(path, q, siblings=self._count_targets)
 
@@ -134,7 +141,7 @@ class ModelFiller:
         elif path in self._half_modules and dtype == torch.float32 and storage_dtype.itemsize == 2:
             dtype = storage_dtype
         # Off the CPU the tensor is already a copy of its own.
-        return tensor.to(self.device, dtype, copy=tensor.device.type == "cpu" and not self.keeps_views)
+        return tensor.to(self._card_of(name), dtype, copy=tensor.device.type == "cpu" and not self.keeps_views)
 
 
 def fill_(

@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from halfbyte.memory.activation_offload import ActivationOffload
 from halfbyte.memory.activation_policy import KeptNumbers, Policy
+from halfbyte.models.cache_name import cache_name
 from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.nn.convert import workspace_of
 from halfbyte.nn.decoder_block import decoder_block
@@ -104,11 +105,14 @@ class FusedLayer:
         past_key_values: Any = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        *,
+        cache: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Compute the layer as its class does; the arguments are transformers'."""
+        """Compute the layer as its class does; the arguments are transformers', of releases that differ."""
         kwargs |= {"position_ids": position_ids, "use_cache": use_cache}
-        parts = _current_parts(self) if past_key_values is None and position_embeddings is not None else None
+        cache = past_key_values if cache is None else cache
+        parts = _current_parts(self) if cache is None and position_embeddings is not None else None
         # Weights of attention, where they are asked for, are what the library's attention returns.
         shows_weights = kwargs.get("output_attentions", self.shows_attention)
         if parts is None or shows_weights or _is_better_unfused(self, hidden_states):
@@ -116,8 +120,8 @@ class FusedLayer:
             return plain.forward(
                 hidden_states,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
+                **{cache_name(_class_of(self)): cache},
                 **kwargs,
             )
         layer: Any = self
@@ -157,7 +161,8 @@ def fuse_layers_(
         reasons[f"{type(model).__name__} has no decoder layers that are known to fit"] = 1
     if reasons:
         return FusionReport(0, dict(reasons))
-    owners: dict[str, WeightOwner] = {}
+    # Of each card's buffers.
+    owners: dict[torch.device, dict[str, WeightOwner]] = collections.defaultdict(dict)
     shared = (DropoutSeeds(), ActivationOffload(), GradientSums())
     if adapters_ride is None:
         adapters_ride = compute_device_of(model).type == "cuda"
@@ -165,7 +170,8 @@ def fuse_layers_(
         if not isinstance(layer, FusedLayer):
             layer_class: Any = type(layer)
             layer.__class__ = _fused_class(layer_class)
-        binding: Any = _Binding(workspace_of(model), owners, policy, adapters_ride, *shared, fp8=fp8)
+        own = owners[_card_of(layer)]
+        binding: Any = _Binding(workspace_of(model), own, policy, adapters_ride, *shared, fp8=fp8)
         object.__setattr__(layer, "halfbyte_binding", binding)
     return FusionReport(len(layers), {})
 
@@ -175,8 +181,7 @@ def unfuse_layers_(model: PreTrainedModel) -> None:
     for layer in model.modules():
         if isinstance(layer, FusedLayer):
             del layer.halfbyte_binding
-            plain: Any = type(layer).__mro__[2]
-            layer.__class__ = plain
+            layer.__class__ = _class_of(layer)
 
 
 def set_policy(model: PreTrainedModel, policy: Policy | Sequence[Policy]) -> None:
@@ -209,6 +214,14 @@ def iter_fused_layers(model: PreTrainedModel) -> Iterator[FusedLayer]:
     return (layer for layer in model.modules() if isinstance(layer, FusedLayer))
 
 
+def fused_layers_by_card(model: PreTrainedModel) -> dict[torch.device, list[int]]:
+    """Return the numbers of the fused layers on each device, in order."""
+    numbers: dict[torch.device, list[int]] = {}
+    for number, layer in enumerate(iter_fused_layers(model)):
+        numbers.setdefault(_card_of(layer), []).append(number)
+    return numbers
+
+
 def kept_bytes_per_token(model: PreTrainedModel, policy: Policy, *, itemsize: int) -> list[KeptNumbers]:
     """Return how many bytes of each token each fused block of a model keeps for its backward, in order."""
     parts = (_current_parts(layer) for layer in iter_fused_layers(model))
@@ -237,7 +250,7 @@ def iter_decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
 
 def why_not_fused(layer: nn.Module, *, takes_magnitudes: bool = False) -> str | None:
     """Return what keeps a layer from being fused, or None; `takes_magnitudes` for who can multiply by DoRA's."""
-    name = type(layer).__mro__[2].__name__ if isinstance(layer, FusedLayer) else type(layer).__name__
+    name = _class_of(layer).__name__ if isinstance(layer, FusedLayer) else type(layer).__name__
     if name not in LAYER_CLASSES:
         return f"{name} is not among the known layers"
     children = {child for child, _ in layer.named_children()}
@@ -282,6 +295,16 @@ def _norms_of(layer: Any) -> tuple[Any, ...]:
     """Return both norms of a layer and, where it has them, those of queries and keys."""
     heads = (getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm"))
     return (layer.input_layernorm, layer.post_attention_layernorm, *(norm for norm in heads if norm is not None))
+
+
+def _class_of(layer: FusedLayer) -> Any:
+    """Return the library's class of a fused layer."""
+    return type(layer).__mro__[2]
+
+
+def _card_of(layer: Any) -> torch.device:
+    device: torch.device = layer.input_layernorm.weight.device
+    return device
 
 
 def _current_parts(layer: Any) -> BlockParts | None:

@@ -26,6 +26,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from halfbyte.device import available_bytes
 from halfbyte.errors import ConfigError
 from halfbyte.memory.bounded import bounded
+from halfbyte.models.cache_name import cache_name
 from halfbyte.models.expanded_decoder import ExpandedDecoder
 from halfbyte.models.fused_layers import fuse_layers_, iter_fused_layers, unfuse_layers_
 from halfbyte.models.host_embedding import compute_device_of
@@ -169,7 +170,8 @@ def _iter_library_steps(
 
 
 def _next_logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor], cache: DynamicCache) -> torch.Tensor:
-    logits: torch.Tensor = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    held = {cache_name(model): cache}
+    logits: torch.Tensor = model(**inputs, **held, use_cache=True, logits_to_keep=1).logits
     return logits[:, -1].float()
 
 

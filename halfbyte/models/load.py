@@ -26,6 +26,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 from halfbyte.device import resolve_compute_dtype, resolve_device
 from halfbyte.errors import ConfigError, FormatError
 from halfbyte.models.build import build_meta_model, init_computed_buffers_
+from halfbyte.models.card_split import CardSplit, pass_along_, split_over_cards
 from halfbyte.models.describe import load_config, load_tokenizer
 from halfbyte.models.fill import ModelFiller, fill_
 from halfbyte.models.half_storage import HalfEmbedding, HalfHead
@@ -75,6 +76,7 @@ def load_model(
     revision: str | None = None,
     residency: Residency = ON_DEVICE,
     splits: WeightSplits | None = None,
+    card_shares: Mapping[torch.device, float] | None = None,
 ) -> LoadedModel:
     """Load a causal language model.
 
@@ -89,17 +91,16 @@ def load_model(
         revision: Branch, tag or commit of a hub id.
         residency: What lives in host memory while it computes on a device.
         splits: Takes out of weights what adapters begin from, before they are quantised.
+        card_shares: How much of the model each of several cards is to take, in any unit; `device` is the first.
 
     Raises:
         ConfigError: Nothing is at `source`, or an option cannot be honoured.
         FormatError: Files that are damaged, of an unknown layout, or do not fit each other.
     """
     started = time.perf_counter()
-    if not isinstance(source, ModelSource):
-        source = resolve_source(source, revision)
+    source = source if isinstance(source, ModelSource) else resolve_source(source, revision)
     target_device = resolve_device(device)
-    computing = resolve_compute_dtype(compute_dtype, target_device)
-    config = load_config(source)
+    computing, config = resolve_compute_dtype(compute_dtype, target_device), load_config(source)
     model = build_meta_model(config, dtype=computing.dtype, attn_implementation=attn_implementation)
     placements = make_placements(model, [tensor for _, tensor in iter_weights(source)])
     notes = [computing.note] if computing.note else []
@@ -114,10 +115,10 @@ def load_model(
         slabs=_make_slabs(model, residency, target_device, targets=targets),
         keeps_views=_keeps_views(source, target_device, notes),
         splits=splits,
+        split=_split_cards(model, card_shares, residency, computing.dtype, targets, notes),
     )
     fill_(filler, placements, on_progress=on_progress)
-    _finish_(model, filler, source, target_device)
-    notes += _settle_(model, residency, computing.dtype, target_device)
+    notes += _finish_(model, filler, source, residency)
     seconds = time.perf_counter() - started
     report = make_load_report(
         model, seconds=seconds, device=target_device, compute_dtype=computing.dtype, notes=tuple(notes)
@@ -138,6 +139,24 @@ def _check_splits(
             "of a weight before it is quantised; give the model in 16 bits that this one was made of"
         )
     notes.append(splits.note)
+
+
+def _split_cards(
+    model: PreTrainedModel,
+    shares: Mapping[torch.device, float] | None,
+    residency: Residency,
+    dtype: torch.dtype,
+    targets: set[str],
+    notes: list[str],
+) -> CardSplit | None:
+    """Return which blocks go on to other cards, adding that to the notes."""
+    if shares is None or len(shares) < 2:
+        return None
+    if residency != ON_DEVICE:
+        raise ConfigError("a model on several cards has all its weights on them; leave streaming and offloading out")
+    split = split_over_cards(model, shares, targets=targets, itemsize=dtype.itemsize)
+    notes.append(str(split))
+    return split
 
 
 def _keeps_views(source: ModelSource, device: torch.device, notes: list[str]) -> bool:
@@ -244,7 +263,9 @@ def _settle_(model: PreTrainedModel, residency: Residency, dtype: torch.dtype, d
     return notes
 
 
-def _finish_(model: PreTrainedModel, filler: ModelFiller, source: ModelSource, device: torch.device) -> None:
+def _finish_(model: PreTrainedModel, filler: ModelFiller, source: ModelSource, residency: Residency) -> list[str]:
+    """Make a whole model of what was filled, and return what there is to say about where its parts live."""
+    device = filler.device
     filler.finish_()
     workspace_of(model)
     model.tie_weights(missing_keys=filler.missing(), recompute_mapping=False)
@@ -252,6 +273,8 @@ def _finish_(model: PreTrainedModel, filler: ModelFiller, source: ModelSource, d
     empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if empty:
         raise FormatError(f"{source.name}: {type(model).__name__} needs {empty[0]}, which nothing in the files gives")
+    if filler.split is not None:
+        pass_along_(model, filler.split)
     _widen_on_use_(model, filler.compute_dtype)
     if (source.folder / "generation_config.json").exists() and source.kind != "gguf":
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
@@ -259,9 +282,11 @@ def _finish_(model: PreTrainedModel, filler: ModelFiller, source: ModelSource, d
     model.name_or_path = source.name
     model.requires_grad_(False)
     model.eval()
+    notes = _settle_(model, residency, filler.compute_dtype, device)
     if device.type == "cuda":
         # So that the report's seconds are those of the work, not of its launching.
         torch.cuda.synchronize(device)
+    return notes
 
 
 def _widen_on_use_(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:

@@ -6,7 +6,7 @@ launch on a GPU. Groups keep their own lr, betas, eps and weight decay inside a 
 A step never waits for the device. It honours the two attributes that torch's gradient scaler sets on optimizers which
 can skip by themselves, and which a training loop may set before any step:
 
-    optimizer.grad_scale   one-element tensor on the parameters' device; gradients are divided by it
+    optimizer.grad_scale   one-element tensor on a device of the parameters; gradients are divided by it
     optimizer.found_inf    one-element tensor; where it is not zero the step changes nothing and does not count
 
 State is made at the first step. `state_dict` holds plain numbers and tensors: for each parameter that has taken a
@@ -93,8 +93,11 @@ class FlatAdamW(torch.optim.Optimizer):
         if not self._cohorts:
             self._cohorts = self._build_cohorts()
         groups = [_options_of(group) for group in self.param_groups]
-        control = StepControl(grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None))
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for cohort in self._cohorts:
+            device = cohort.params[0].device
+            # Of a model on several cards, both are on one of them.
+            control = StepControl(grad_scale=_on(device, grad_scale), found_inf=_on(device, found_inf))
             grads = [param.grad for param in cohort.params]
             cohort.stepper.step_(cohort.params, grads, groups=groups, control=control)
 
@@ -188,6 +191,10 @@ class AdamW32bit(FlatAdamW):
     """AdamW with moments in fp32, as bitsandbytes' AdamW32bit. Arguments as for `AdamW8bit`."""
 
     min_8bit_numel = float("inf")
+
+
+def _on(device: torch.device, tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.to(device, non_blocking=True)
 
 
 def _options_of(group: dict[str, Any]) -> AdamWOptions:

@@ -10,6 +10,7 @@ bytes that autograd keeps, which grow in proportion to tokens. The micro-batch a
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -28,7 +29,9 @@ from halfbyte.memory.activation_policy import (
     describe_policies,
     plan_policies,
 )
+from halfbyte.models.card_split import cards_of
 from halfbyte.models.fused_layers import (
+    fused_layers_by_card,
     kept_bytes_per_token,
     offload_of,
     passing_bytes_per_token,
@@ -67,13 +70,18 @@ def choose_checkpointing(
         return True, "gradient checkpointing: on, because only fused blocks can put activations away"
     if wanted != "auto":
         return wanted, f"gradient checkpointing: {'on' if wanted else 'off'}, as set"
-    device = compute_device_of(model)
-    needed = measure_kept_bytes(model, loss_path) / PROBE_TOKENS * num_tokens * TEMPORARY_SHARE
-    usable = free_bytes(device) * USABLE_SHARE
-    on = needed > usable
+    kept = measure_kept_bytes(model, loss_path)
+    needed = {card: kept_bytes / PROBE_TOKENS * num_tokens * TEMPORARY_SHARE for card, kept_bytes in kept.items()}
+    usable = {card: free_bytes(card) * USABLE_SHARE for card in kept}
+    on = any(needed[card] > usable[card] for card in kept)
+    takes = [
+        f"{needed[card] / 2**30:.1f} GiB{f' on {card}' if len(kept) > 1 else ''}, {usable[card] / 2**30:.1f} GiB are "
+        "free for it"
+        for card in kept
+    ]
     return on, (
         f"gradient checkpointing: {'on' if on else 'off'}; keeping all activations of {num_tokens} tokens takes about "
-        f"{needed / 2**30:.1f} GiB, {usable / 2**30:.1f} GiB are free for it"
+        f"{'; '.join(takes)}"
     )
 
 
@@ -105,24 +113,55 @@ def choose_policy_(
         return f"activations: {describe_policies(planned)}, as planned"
     # What an earlier choice has pinned is free for this one.
     offload_of(model).release()
-    device = compute_device_of(model)
-    itemsize = compute_dtype_of(model).itemsize
-    kept = {policy: kept_bytes_per_token(model, policy, itemsize=itemsize) for policy in POLICY_TEXTS}
-    passing = passing_bytes_per_token(model, itemsize=itemsize)
-    usable = free_bytes(device) * USABLE_SHARE
     usable_on_host = free_bytes(torch.device("cpu")) * USABLE_SHARE / PIECES_SHARE
+    numbers_by_card = fused_layers_by_card(model)
+    policies: dict[int, Policy] = {}
+    notes = []
+    for card, numbers in numbers_by_card.items():
+        chosen = _choose_on_card(model, card, numbers, wanted, num_tokens, usable_on_host)
+        policies |= dict(zip(numbers, chosen.policies, strict=True))
+        usable_on_host -= chosen.host_bytes
+        notes.append(f"on {card} {chosen.note}" if len(numbers_by_card) > 1 else chosen.note)
+    set_policy(model, [policies[number] for number in sorted(policies)])
+    return f"activations: {'; '.join(notes)}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Chosen:
+    """Policies of the blocks on one device."""
+
+    policies: list[Policy]
+    host_bytes: int
+    note: str
+
+
+def _choose_on_card(
+    model: PreTrainedModel,
+    card: torch.device,
+    numbers: Sequence[int],
+    wanted: Checkpointing,
+    num_tokens: int,
+    usable_on_host: float,
+) -> _Chosen:
+    itemsize = compute_dtype_of(model).itemsize
+    kept = {}
+    for policy in POLICY_TEXTS:
+        of_all = kept_bytes_per_token(model, policy, itemsize=itemsize)
+        kept[policy] = [of_all[number] for number in numbers]
+    passing = passing_bytes_per_token(model, itemsize=itemsize)
+    usable = free_bytes(card) * USABLE_SHARE
     room = KeptNumbers(int(usable / UNFILLED_SHARE / num_tokens) - passing, int(usable_on_host / num_tokens))
-    policies = plan_policies(kept, room, ladder=_choose_ladder(device, wanted))
-    set_policy(model, policies)
+    policies = plan_policies(kept, room, ladder=_choose_ladder(card, wanted))
     taken = [kept[policy][index] for index, policy in enumerate(policies)]
     needed = (sum(one.device for one in taken) + bytes_in_flight(taken) + passing) * num_tokens * UNFILLED_SHARE
     on_host = sum(one.host for one in taken) * num_tokens
-    return (
-        f"activations: {describe_policies(policies)}{', as set' if wanted == 'offload' else ''}; with {num_tokens} "
+    note = (
+        f"{describe_policies(policies)}{', as set' if wanted == 'offload' else ''}; with {num_tokens} "
         f"tokens that takes about {needed / 2**30:.1f} GiB"
         + (f" and {on_host / 2**30:.1f} GiB of host memory" if on_host else "")
         + f", {usable / 2**30:.1f} GiB are free for it"
     )
+    return _Chosen(policies, on_host, note)
 
 
 def _choose_ladder(device: torch.device, wanted: Checkpointing) -> tuple[Policy, ...]:
@@ -131,27 +170,31 @@ def _choose_ladder(device: torch.device, wanted: Checkpointing) -> tuple[Policy,
     return CPU_LADDER if device.type == "cpu" else GPU_LADDER
 
 
-def measure_kept_bytes(model: PreTrainedModel, loss_path: LossPath) -> int:
-    """Return the bytes that autograd keeps of a forward of PROBE_TOKENS tokens, the model's own tensors left out."""
+def measure_kept_bytes(model: PreTrainedModel, loss_path: LossPath) -> dict[torch.device, int]:
+    """Return the bytes that autograd keeps of a forward of PROBE_TOKENS tokens, by device.
+
+    The model's own tensors are left out.
+    """
     device = compute_device_of(model)
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
+    kept: dict[tuple[torch.device, int], int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            kept[tensor.device, storage.data_ptr()] = storage.nbytes()
         return tensor
 
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.arange(PROBE_TOKENS, device=device).remainder(vocabulary)[None]
     labels = ids.roll(-1)
     labels[:, -1] = IGNORE_INDEX
-    devices = [device] if device.type == "cuda" else []
+    cards = cards_of(model, device)
+    devices = [card for card in cards if card.type == "cuda"]
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept)
     # Dropout draws random numbers; the run is to begin with those of its seed.
     with train_mode(model), torch.random.fork_rng(devices), hooks:
         loss: Any = loss_path({"input_ids": ids, "labels": labels})
     # The graph holds what was counted until here: an address freed early would be counted once for two tensors.
     del loss
-    return sum(kept.values())
+    return {card: sum(size for (place, _), size in kept.items() if place == card) for card in cards}

@@ -68,6 +68,7 @@ class StepGuard:
         world: Whose ranks have the other micro-batches of a step; they stop together.
         bad_steps: What to do with them.
         loss_spike: How many times the mean a loss is too much; None for never.
+        device: Where losses are; unless given, where the first parameter is.
     """
 
     def __init__(
@@ -79,12 +80,13 @@ class StepGuard:
         world: World = ALONE,
         bad_steps: BadSteps | None = None,
         loss_spike: float | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.optimizer, self.scaler, self.world = optimizer, scaler, world
         self.bad_steps, self.loss_spike = bad_steps or BadSteps(), loss_spike
         self.max_norm = max_norm or math.inf
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        device = self.parameters[0].device
+        device = device or self.parameters[0].device
         self.is_late = device.type == "cuda"
         self._skips_itself = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
         self._stopped = torch.zeros((), dtype=torch.bool, device=device)
@@ -130,7 +132,7 @@ class StepGuard:
             self._add_up()
         grads = [p.grad for p in self.parameters if p.grad is not None]
         scale = torch.ones((), device=self._stopped.device) if self.scaler is None else self.scaler.scale
-        norm = torch.nn.utils.get_total_norm(grads) / scale
+        norm = torch.nn.utils.get_total_norm(grads).to(scale.device) / scale
         batches, self._batches = self._batches, []
         loss = torch.stack([batch.loss for batch in batches]).sum()
         self.world.add_([loss])
@@ -209,7 +211,8 @@ class StepGuard:
             for parameter in self.parameters:
                 parameter.grad = None
             return
-        torch._foreach_div_(grads, divisor)
+        for device in {grad.device for grad in grads}:
+            torch._foreach_div_([grad for grad in grads if grad.device == device], divisor.to(device))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

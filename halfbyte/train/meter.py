@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,15 @@ class Meter:
     """Counts tokens and the time spent training, evaluations and checkpoints left out.
 
     The host counts, and reads the clock only where the loop has just waited for the device anyway.
+
+    Args:
+        device: Where the loss is computed.
+        cards: On which the model lives, where they are several.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, cards: Sequence[torch.device] = ()) -> None:
         self.device = device
+        self.cards = tuple(cards) or (device,)
         self.num_tokens = 0
         self.num_trained_tokens = 0
         self.num_steps = 0
@@ -66,7 +71,8 @@ class Meter:
         return {
             "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
             "trained_tokens_per_second": round(trained / max(seconds, 1e-9), 1),
-            "memory_gib": round(memory_bytes(self.device) / 2**30, 3),
+            # Of the fullest card.
+            "memory_gib": round(max(map(memory_bytes, self.cards)) / 2**30, 3),
         }
 
     @property

@@ -27,6 +27,7 @@ from halfbyte.device import free_bytes
 from halfbyte.distributed import ALONE
 from halfbyte.errors import PlanError
 from halfbyte.memory.activation_policy import GPU_LADDER, POLICY_TEXTS, Policy
+from halfbyte.models.card_split import cards_of
 from halfbyte.models.fused_layers import iter_fused_layers, kept_bytes_per_token, set_policy
 from halfbyte.models.packed_inputs import compute_dtype_of
 from halfbyte.models.streaming import is_streamed, stream_blocks_
@@ -60,6 +61,7 @@ class Relief:
     def __init__(self, micro_batches: MicroBatches, *, num_tokens: int, tell: Callable[[str], None]) -> None:
         self.micro_batches, self.num_tokens, self.tell = micro_batches, num_tokens, tell
         self.device = micro_batches.device
+        self._cards = " or ".join(map(str, cards_of(micro_batches.model, self.device)))
         self._step: list[_Run] = []
 
     def close_step(self) -> None:
@@ -127,10 +129,10 @@ class Relief:
         change = relieve_(model, self.device, num_tokens=self.num_tokens)
         if change is None:
             raise PlanError(
-                f"out of memory on {self.device} with {self.num_tokens} tokens a micro-batch, and no cheaper way is "
+                f"out of memory on {self._cards} with {self.num_tokens} tokens a micro-batch, and no cheaper way is "
                 "left; train with a smaller train.per_device_train_batch_size or data.max_length"
             )
-        self.tell(f"out of memory on {self.device}: from now on {change}; the step is done again")
+        self.tell(f"out of memory on {self._cards}: from now on {change}; the step is done again")
 
 
 def relieve_(model: PreTrainedModel, device: torch.device, *, num_tokens: int) -> str | None:
@@ -153,7 +155,8 @@ def relieve_(model: PreTrainedModel, device: torch.device, *, num_tokens: int) -
         blocks = "every block" if changed == len(policies) else f"{changed} more blocks"
         return f"activations of {blocks} are {POLICY_TEXTS[cheapest]}"
     has_4bit = any(isinstance(module, Linear4bit) for module in model.modules())
-    if device.type == "cuda" and has_4bit and not is_streamed(model):
+    is_spread = len(cards_of(model, device)) > 1
+    if device.type == "cuda" and has_4bit and not is_streamed(model) and not is_spread:
         # Other ranks may have room, and are not here: this one's copy is its own.
         stream_blocks_(model, len(layers), device=device, world=ALONE)
         return "4-bit weights live in host memory and visit the device"

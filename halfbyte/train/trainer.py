@@ -30,6 +30,7 @@ from halfbyte.device import keep_freed_memory
 from halfbyte.distributed import current_world
 from halfbyte.errors import ConfigError
 from halfbyte.models.adapter_files import save_adapter
+from halfbyte.models.card_split import cards_of
 from halfbyte.models.fused_layers import fuse_layers_
 from halfbyte.models.host_embedding import compute_device_of
 from halfbyte.models.packed_inputs import compute_dtype_of, prove_causality, prove_isolation
@@ -133,7 +134,7 @@ class HalfbyteTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = True
         self.model_device = compute_device_of(model)
         self.feed = Feed(self._build_loader, self.tell)
-        self.meter = Meter(self.model_device)
+        self.meter = Meter(self.model_device, cards=cards_of(model, self.model_device))
         self.held_out: HeldOut | None = None
         self.held_out_step = -1
         self._step_micro_batches = 0
@@ -256,6 +257,7 @@ class HalfbyteTrainer(ResumableTrainer):
             world=self.world,
             bad_steps=bad_steps,
             loss_spike=self.options.loss_spike,
+            device=self.model_device,
         )
         return self.optimizer
 

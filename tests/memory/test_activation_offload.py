@@ -71,8 +71,8 @@ def test_activation_offload_brings_back_the_same_bits(delayed: str) -> None:
     for number in range(NUM_MICRO_BATCHES):
         if delayed == "compute":
             torch.cuda._sleep(100_000_000)
-        if delayed == "copies" and offload._copies is not None:
-            with torch.cuda.stream(offload._copies):
+        if delayed == "copies" and offload._copies:
+            with torch.cuda.stream(offload._copies[x.device]):
                 torch.cuda._sleep(100_000_000)
         x.fill_(number + 1)
         assert forward_and_backward(offload, x).equal(expected(number + 1))

@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from halfbyte.models import generate
+from halfbyte.models.cache_name import cache_name
 from halfbyte.models.fused_layers import fuse_layers_
 from halfbyte.models.generate import GenerationOptions, choose_tokens, inference_state, iter_tokens
 from halfbyte.models.half_storage import HalfEmbedding
@@ -47,7 +48,7 @@ def padded(prompts: list[list[int]], device: str = "cpu") -> dict[str, torch.Ten
 def start(model: PreTrainedModel, prompts: list[list[int]], **options: object) -> StaticDecoder:
     """Return a decoder that has taken over the prompts."""
     cache = DynamicCache(config=model.config)
-    model(**padded(prompts, model.device.type), past_key_values=cache, use_cache=True)
+    model(**padded(prompts, model.device.type), **{cache_name(model): cache}, use_cache=True)
     decoder = StaticDecoder(model, num_prompts=len(prompts), num_tokens=64, **{"greedy": False} | options)
     decoder.fill(cache, [len(p) for p in prompts])
     return decoder

@@ -60,7 +60,11 @@ def build_trainer(
 ) -> HalfbyteTrainer:
     """Return a trainer over a tiny model; further options are training arguments."""
     callbacks, spec = options.pop("callbacks", ()), options.pop("spec", SPEC)
-    own = {name: options.pop(name) for name in ("loraplus_lr_ratio", "on_bad_step", "loss_spike") if name in options}
+    own = {
+        name: options.pop(name)
+        for name in ("loraplus_lr_ratio", "on_bad_step", "loss_spike", "fused")
+        if name in options
+    }
     defaults = {
         "per_device_train_batch_size": 2,
         "learning_rate": 1e-2,
