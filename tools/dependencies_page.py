@@ -101,6 +101,12 @@ def render_page() -> str:
         "a CPU: Python 3.11 with torch 2.13.0 and Python 3.13 with torch 2.6.0, the lowest release allowed: all\n"
         "modules import, and a step trains. With Python 3.12 no torch without CUDA was at hand: all files compile,\n"
         "the command starts, its dependencies install; a step has not been tried.\n"
+        "\nnumpy 2.0.0, PyYAML 6.0, psutil 5.9.4 and tensorboard 2.17.1, the lowest allowed, were tried together with\n"
+        "Python 3.11, torch 2.13.0, transformers 5.23.0 and pandas 2.3.3: the tests of configuration, data, memory,\n"
+        "TensorBoard and the main commands pass. Lower ones do not hold. numpy 1.26.0 goes with pyarrow 21, but\n"
+        "pyarrow 26 needs NumPy 2 without saying so, and transformers' Trainer cannot be imported then. tensorboard\n"
+        "2.16.2 and 2.17.0 cannot read the curves of a run beside NumPy 2, 2.16.0 and 2.16.1 ask for Keras. psutil\n"
+        "has no wheel for Python 3.11 on Linux before 5.9.4.\n"
     )
 
 

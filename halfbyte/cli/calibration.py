@@ -9,6 +9,7 @@ from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
 ROWS, ROW_TOKENS, ROWS_PER_BATCH = 64, 512, 4
@@ -18,6 +19,7 @@ def read_calibration(
     file: str,
     options: DataSection,
     tokenizer: PreTrainedTokenizerBase,
+    console: Console,
     *,
     num_rows: int,
     held_out_seed: int | None = None,
@@ -28,6 +30,7 @@ def read_calibration(
         file: Examples, in any layout that training takes.
         options: How examples are read.
         tokenizer: Of the model.
+        console: Is told how far it is.
         num_rows: Rows at most.
         held_out_seed: Leaves out what a run of this seed held out of the file; None takes all examples.
 
@@ -37,16 +40,17 @@ def read_calibration(
     import numpy as np
     import torch
 
-    from halfbyte.data import build_renderer, load_examples, prepare, split_held_out
+    from halfbyte.data import build_renderer, split_held_out
+    from halfbyte.train.progress import prepare_examples, read_examples
 
-    loaded = load_examples(file, format=options.format, columns=options.columns, split=options.split)
+    loaded = read_examples(file, options, console)
     renderer = build_renderer(
         tokenizer, chat_template=options.chat_template, system=options.system, train_on=options.train_on
     )
     examples = loaded.examples
     if held_out_seed is not None:
         examples, _ = split_held_out(examples, options.held_out_fraction, held_out_seed)
-    prepared = prepare(examples, renderer, max_length=options.max_length, overlong=options.overlong)
+    prepared = prepare_examples(examples, renderer, options, console)
     tokens = np.concatenate([example.input_ids for example in prepared.examples])
     num_rows = min(num_rows, len(tokens) // ROW_TOKENS)
     if num_rows == 0:

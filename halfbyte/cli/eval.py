@@ -10,6 +10,8 @@ from halfbyte.cli.console import json_text, progress_console
 from halfbyte.cli.tuned import READING, RUN_DEFAULTS, TunedModel, find_tuned, load_tuned
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from halfbyte.config import DataSection
     from halfbyte.data import PreparedData
     from halfbyte.train.evaluate import HeldOut
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     source = find_tuned(args.tuned, args.overrides)
     console = progress_console()
     tuned = load_tuned(source, console=console)
-    prepared = read_examples(args.held_out, source.config.data, tuned)
+    prepared = read_held_out(args.held_out, source.config.data, tuned, console)
     console.print(str(prepared.report), markup=False)
 
     from halfbyte.nn import adapters_disabled
@@ -58,15 +60,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_examples(held_out: str, options: DataSection, tuned: TunedModel) -> PreparedData:
-    """Read held-out examples the way that the run read its own."""
-    from halfbyte.data import build_renderer, load_examples, prepare
+def read_held_out(held_out: str, options: DataSection, tuned: TunedModel, console: Console) -> PreparedData:
+    """Read held-out examples the way that the run read its own, telling `console` how far it is."""
+    from halfbyte.data import build_renderer
+    from halfbyte.train.progress import prepare_examples, read_examples
 
-    loaded = load_examples(held_out, format=options.format, columns=options.columns, split=options.split)
+    loaded = read_examples(held_out, options, console)
     renderer = build_renderer(
         tuned.tokenizer, chat_template=options.chat_template, system=options.system, train_on=options.train_on
     )
-    return prepare(loaded.examples, renderer, max_length=options.max_length, overlong=options.overlong)
+    return prepare_examples(loaded.examples, renderer, options, console)
 
 
 def measure(tuned: TunedModel, prepared: PreparedData, options: DataSection, batch_size: int) -> HeldOut:

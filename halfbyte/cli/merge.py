@@ -96,7 +96,7 @@ def _merge_into_4bit(
     tokenizer = find_tokenizer(str(source.tokenizer or source.config.model.path), source.config.model.revision)
     # Of the run's own examples only those that it learned: what it held out stays unseen.
     seed = config.train.seed if args.calibrate is None and config.data.held_out is None else None
-    batches = read_calibration(file, config.data, tokenizer, num_rows=args.rows or ROWS, held_out_seed=seed)
+    batches = read_calibration(file, config.data, tokenizer, console, num_rows=args.rows or ROWS, held_out_seed=seed)
     with console.status("calibrating") as status:
         report = export_calibrated(
             base,

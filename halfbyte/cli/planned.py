@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from halfbyte.cli.console import progress_console
 from halfbyte.config import RunConfig
 from halfbyte.errors import ConfigError, FormatError, PlanError
 from halfbyte.memory.model_shape import FUSABLE_TYPES, ModelShape
@@ -55,8 +56,9 @@ def take_gpus(args: argparse.Namespace) -> int:
 
 def describe_run(config: RunConfig, plan: MemoryPlan) -> str:
     """Return how long a run over the data takes, for which they are read and tokenised."""
-    from halfbyte.data import build_renderer, load_examples, prepare
+    from halfbyte.data import build_renderer
     from halfbyte.models import load_tokenizer, resolve_source
+    from halfbyte.train.progress import prepare_examples, read_examples
 
     options = config.data
     if not config.data.packing:
@@ -65,8 +67,9 @@ def describe_run(config: RunConfig, plan: MemoryPlan) -> str:
     renderer = build_renderer(
         tokenizer, chat_template=options.chat_template, system=options.system, train_on=options.train_on
     )
-    loaded = load_examples(options.train, format=options.format, columns=options.columns, split=options.split)
-    prepared = prepare(loaded.examples, renderer, max_length=options.max_length, overlong=options.overlong)
+    console = progress_console()
+    loaded = read_examples(options.train, options, console)
+    prepared = prepare_examples(loaded.examples, renderer, options, console)
     tokens = sum(map(len, prepared.examples))
     rows = -(-tokens // options.max_length)
     steps = config.train.max_steps

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError("--dtype is not for --calibrate, which writes what stays in 16 bits as it computes")
         source = resolve_source(options.path, options.revision)
         data: DataSection = make_section("data", {"data.train": args.calibrate} | values)
-        batches = read_calibration(args.calibrate, data, load_tokenizer(source), num_rows=args.rows or ROWS)
+        batches = read_calibration(args.calibrate, data, load_tokenizer(source), console, num_rows=args.rows or ROWS)
         with console.status("calibrating") as status:
             report = export_calibrated(
                 source,

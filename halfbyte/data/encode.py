@@ -13,7 +13,9 @@ characters.
 
 from __future__ import annotations
 
+import bisect
 import functools
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 # Text put before a piece so that tokenizers which add a space at the start of a text add it there and not to the piece.
 _ANCHORS = (":", "a", "\n")
+_END = operator.itemgetter(1)
 _CACHED_PROMPT_ENDS = 4096
 # The tokenizer takes some 700 bytes a token while it is at work, so what it is given at once is bounded.
 _CHARACTERS_AT_ONCE = 1 << 21
@@ -92,14 +95,12 @@ class Encoder:
 
     def _encode_whole(self, text: MaskedText, ids: list[int], offsets: list[tuple[int, int]]) -> EncodedText:
         input_ids = np.array(ids, dtype=np.int32)
-        bounds = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-        starts, ends = bounds[:, 0], bounds[:, 1]
         loss_mask = np.zeros(len(input_ids), dtype=np.bool_)
         for start, end in text.ranges:
             # A token of white space may have an empty extent at its end, so the end decides where a token belongs.
-            first = int(np.searchsorted(ends, start, side="right"))
-            last = int(np.searchsorted(ends, end, side="right"))
-            if last < len(ends) and starts[last] < end:
+            first = bisect.bisect_right(offsets, start, key=_END)
+            last = bisect.bisect_right(offsets, end, key=_END)
+            if last < len(offsets) and offsets[last][0] < end:
                 last += 1
             if not self._is_boundary(text.text, start, ids[:first], offsets):
                 return self._encode_pieces(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from typing import Any, NamedTuple
 
@@ -40,10 +41,12 @@ class Example:
     is_document: bool = False
     """A text file as a whole: longer than the context, it goes on in further examples instead of being cut."""
 
-    def identity(self) -> str:
-        """Return what makes two examples the same one, wherever they stand."""
+    def identity(self) -> bytes:
+        """Return what makes two examples the same one, wherever they stand: 16 bytes of a hash of what they hold."""
         content = [self.messages, self.text, self.prompt, self.completion, self.tools]
-        return json.dumps(content, sort_keys=True, ensure_ascii=True, default=str)
+        text = json.dumps(content, sort_keys=True, ensure_ascii=True, default=str)
+        # Among a million examples two that differ have one hash with a chance of 1 in 10^26.
+        return hashlib.blake2b(text.encode("ascii"), digest_size=16).digest()
 
 
 class Dropped(NamedTuple):

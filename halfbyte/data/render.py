@@ -13,6 +13,7 @@ from halfbyte.data.encode import EncodedText, Encoder
 from halfbyte.data.examples import Example, Message, TokenizedExample
 from halfbyte.data.masks import Conversation, MaskedText, learned_turns, mask_answers, mask_everything
 from halfbyte.errors import DataError
+from halfbyte.memory.bounded import bounds_kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,7 +125,8 @@ class Renderer:
         Raises:
             DataError: As in `render`.
         """
-        masked = [self._mask(example) for example in examples]
+        with bounds_kept():
+            masked = [self._mask(example) for example in examples]
         origins = [example.origin for example, texts in zip(examples, masked, strict=True) for _ in texts]
         encoded = iter(self._encode([text for texts in masked for text in texts], origins))
         rendered: list[list[TokenizedExample]] = []

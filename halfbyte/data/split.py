@@ -9,6 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import numpy as np
+
 from halfbyte.data.examples import Example
 from halfbyte.errors import DataError
 
@@ -35,26 +37,34 @@ def split_held_out(examples: Sequence[Example], fraction: float, seed: int) -> t
     if fraction > 0 and len(examples) >= _MIN_EXAMPLES:
         wanted = max(wanted, 1)
     wanted = min(wanted, len(examples) - 1)
-    groups: dict[str, list[int]] = {}
-    for index, example in enumerate(examples):
-        groups.setdefault(example.identity(), []).append(index)
-    shuffled = list(groups.values())
+    if wanted <= 0:
+        return list(examples), []
+    group_of = _number_groups(examples)
+    sizes: list[int] = np.bincount(group_of).tolist()
+    shuffled = list(range(len(sizes)))
     random.Random(seed).shuffle(shuffled)
     held_out: set[int] = set()
+    num_held_out = 0
     for group in shuffled:
-        if len(held_out) + len(group) <= wanted:
-            held_out.update(group)
-    if wanted > 0 and not held_out:
-        held_out = _smallest_group(shuffled, len(examples))
-    training = [example for index, example in enumerate(examples) if index not in held_out]
-    return training, [examples[index] for index in sorted(held_out)]
+        if num_held_out + sizes[group] <= wanted:
+            held_out.add(group)
+            num_held_out += sizes[group]
+    if not held_out:
+        held_out.add(_smallest_group(shuffled, sizes))
+    training = [example for example, group in zip(examples, group_of, strict=True) if group not in held_out]
+    return training, [example for example, group in zip(examples, group_of, strict=True) if group in held_out]
 
 
-def _smallest_group(groups: list[list[int]], num_examples: int) -> set[int]:
-    smallest = min(groups, key=len)
-    if len(smallest) == num_examples:
+def _number_groups(examples: Sequence[Example]) -> list[int]:
+    """Return which group each example is in; equal examples are one, and the groups are numbered as they come."""
+    numbers: dict[bytes, int] = {}
+    return [numbers.setdefault(example.identity(), len(numbers)) for example in examples]
+
+
+def _smallest_group(groups: Sequence[int], sizes: Sequence[int]) -> int:
+    if len(groups) == 1:
         raise DataError(
             "all examples are equal, so none can be held out without being trained on. Give other held-out examples "
             "(data.held_out) or set data.held_out_fraction=0."
         )
-    return set(smallest)
+    return min(groups, key=sizes.__getitem__)

@@ -53,6 +53,9 @@ def test_mask_answers_learns_what_follows_the_prompt(family: str, contents: list
         assert finished == prompt + learned + facts.closing
         assert learned.endswith(facts.end_of_turn)
         answer = contents[turn].strip() if facts.strips else contents[turn]
+        if family == "qwen3":
+            # Its template takes line breaks from the front of an answer alone.
+            answer = answer.lstrip("\n")
         assert learned.removesuffix(facts.end_of_turn).endswith(answer)
     assert all(item.text.endswith(facts.end_of_turn) for item in masked)
 

@@ -10,8 +10,10 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from halfbyte.data.chat import ChatTemplate, TemplateRefusalError
+from halfbyte.data.examples import Example
+from halfbyte.data.render import build_renderer
 from halfbyte.errors import DataError
-from halfbyte.memory.bounded import MAX_EXTRA_BYTES, bounded
+from halfbyte.memory.bounded import MAX_EXTRA_BYTES, bounded, bounds_kept
 from tests.models.tiny import build_tokenizer
 
 TURNS = ({"role": "user", "content": "Hi"},)
@@ -61,6 +63,43 @@ def test_a_template_that_grows_is_stopped(text: str, tokenizer: PreTrainedTokeni
     # What the process had mapped and never touched may be touched as well; ru_maxrss counts KiB.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 * MAX_EXTRA_BYTES / 1024
     assert resource.getrlimit(resource.RLIMIT_AS) == limits
+
+
+def test_kept_bounds_are_those_of_each_program(tokenizer: PreTrainedTokenizerBase) -> None:
+    handler, limits = signal.getsignal(signal.SIGVTALRM), resource.getrlimit(resource.RLIMIT_AS)
+    held = []
+    with bounds_kept():
+        kept = signal.getsignal(signal.SIGVTALRM)
+        for _ in range(3):
+            # Together they take more than one of them may, of time and of memory.
+            with bounded("it", seconds=0.5, extra_bytes=64 << 20):
+                end = time.process_time() + 0.3
+                held.append(bytes(40 << 20))
+                while time.process_time() < end:
+                    pass
+            assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+            assert resource.getrlimit(resource.RLIMIT_AS) == limits
+        with pytest.raises(DataError, match=r"stopped after 0\.5 s"), bounded("it", seconds=0.5):
+            tokenizer.apply_chat_template(list(TURNS), chat_template=ENDLESS, tokenize=False)
+        with pytest.raises(DataError, match="more than 64 MiB"), bounded("it", extra_bytes=64 << 20):
+            held.append(bytes(100 << 20))
+        assert signal.getsignal(signal.SIGVTALRM) is kept
+    assert signal.getsignal(signal.SIGVTALRM) is handler
+
+
+@pytest.mark.parametrize("text", [CALLS, GROWING["doubled"]], ids=["calls", "doubled"])
+def test_a_template_is_stopped_among_many_examples(text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    answered = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"})
+    growing = (*answered, {"role": "user", "content": "more"}, {"role": "assistant", "content": "Ho"})
+    plain = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    asked = "{% if add_generation_prompt %}assistant: {% endif %}"
+    renderer = build_renderer(
+        tokenizer, chat_template=plain + "{% if messages | length > 2 %}" + text + "{% endif %}" + asked
+    )
+    examples = [Example(f"x:{n}", messages=growing if n == 3 else answered) for n in range(5)]
+    with pytest.raises(DataError, match=r"x:3: the chat template .* was stopped"):
+        renderer.render_batch(examples)
+    assert len(renderer.render_batch(examples[:3])) == 3
 
 
 @pytest.mark.parametrize(
