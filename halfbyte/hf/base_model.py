@@ -15,6 +15,7 @@ from halfbyte.distributed import enter_world
 from halfbyte.errors import ConfigError
 from halfbyte.hf.said import refuse_unknown, refuse_unless_default, say
 from halfbyte.models import load_config, load_model, resolve_source
+from halfbyte.models.modes import checkpoint_layers_
 from halfbyte.models.vocabulary import resize_vocabulary_
 from halfbyte.nn.attach import ADAPTER_MODULES
 from halfbyte.quant import QuantSpec
@@ -175,7 +176,7 @@ def prepare_model_for_kbit_training(
     """
     model.requires_grad_(False)
     if use_gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+        checkpoint_layers_(model, gradient_checkpointing_kwargs)
     return model
 
 

@@ -29,6 +29,7 @@ from halfbyte.errors import PlanError
 from halfbyte.memory.activation_policy import GPU_LADDER, POLICY_TEXTS, Policy
 from halfbyte.models.card_split import cards_of
 from halfbyte.models.fused_layers import iter_fused_layers, kept_bytes_per_token, set_policy
+from halfbyte.models.modes import checkpoint_layers_
 from halfbyte.models.packed_inputs import compute_dtype_of
 from halfbyte.models.streaming import is_streamed, stream_blocks_
 from halfbyte.nn.linear import Linear4bit
@@ -196,7 +197,5 @@ def _checkpoint_(model: PreTrainedModel) -> str | None:
     is_on = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     if is_on or not model.supports_gradient_checkpointing:
         return None
-    # The name that newer transformers have for it comes first.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    checkpoint_layers_(model)
     return "activations of every layer are computed again"

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from halfbyte.models.attention import PACKED_ATTENTION, register_packed_attention
 from halfbyte.models.fused_layers import FusedLayer, fuse_layers_, kept_bytes_per_token, set_policy, unfuse_layers_
+from halfbyte.models.modes import checkpoint_layers_
 from halfbyte.models.packed_inputs import build_forward_inputs
 from halfbyte.nn import LoraSpec, adapters_disabled, attach_adapters, quantize_linears_
 from halfbyte.quant import QuantSpec
@@ -136,8 +137,7 @@ def test_fused_layers_keep_generation_hidden_states_and_checkpointing() -> None:
     for fused, plain in zip(model(ids, output_hidden_states=True, use_cache=False).hidden_states, states, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
     _, grads = loss_and_grads(model.train(), make_batch())
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+    checkpoint_layers_(model)
     model.enable_input_require_grads()
     _, again = loss_and_grads(model, make_batch())
     for name, grad in grads.items():

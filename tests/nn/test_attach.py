@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from halfbyte.errors import ConfigError
+from halfbyte.models.modes import checkpoint_layers_
 from halfbyte.nn import (
     Linear4bit,
     LoraLinear,
@@ -161,9 +162,7 @@ def test_gradients_are_the_same_under_checkpointing(dropout: float, use_reentran
     expected = gradients(model)
     if use_reentrant:
         model.enable_input_require_grads()
-    # The second is its name before transformers 5.23.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": use_reentrant})
+    checkpoint_layers_(model, {"use_reentrant": use_reentrant})
     torch.manual_seed(0)
     actual = gradients(model)
     assert actual.keys() == expected.keys()

@@ -11,6 +11,7 @@ from halfbyte.models.fused_layers import (
     kept_bytes_per_token,
     passing_bytes_per_token,
 )
+from halfbyte.models.modes import checkpoint_layers_
 from halfbyte.train.activations import (
     PROBE_TOKENS,
     choose_checkpointing,
@@ -47,8 +48,7 @@ def test_measure_kept_bytes_is_small_with_checkpointing() -> None:
     model = build_model()
     path = LossPath(model)
     kept = kept_on_cpu(model)
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    checkpoint_layers_(model)
     assert kept_on_cpu(model) < kept / 3
     for wanted in (False, "auto"):
         assert choose_checkpointing(model, path, wanted=wanted, num_tokens=1)[0]
@@ -78,8 +78,7 @@ def test_choose_policy_does_as_told_or_takes_over_what_the_model_has() -> None:
     for wanted, policy in ((True, "block"), (False, "keep")):
         assert "as set" in choose_policy_(model, wanted=wanted, num_tokens=1)
         assert {layer.halfbyte_binding.policy for layer in iter_fused_layers(model)} == {policy}
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    checkpoint_layers_(model)
     assert "as the model has it" in choose_policy_(model, wanted="auto", num_tokens=1)
     assert {layer.halfbyte_binding.policy for layer in iter_fused_layers(model)} == {"block"}
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
