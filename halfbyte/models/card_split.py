@@ -159,7 +159,8 @@ class _Copies:
         return {key: self.of(one) for key, one in value.items()} if type(value) is dict else value
 
     def _copy_of(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.requires_grad or tensor.is_inference():
+        # What is made in inference mode cannot be used in training, and knows no version.
+        if tensor.requires_grad or torch.is_inference_mode_enabled() or tensor.is_inference():
             return tensor.to(self.card)
         found = self._known.get(id(tensor))
         if found is not None and found[0]() is tensor and found[1] == tensor._version:
