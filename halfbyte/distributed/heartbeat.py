@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 # With what telling the others takes, all have ended a minute after a rank fell silent; and it is longer than a busy
 # host's pauses: swapping, a network that finds another way, a file system that does not answer.
-SILENCE_SECONDS = 45.0
+SILENCE_SECONDS = 40.0
 # Beats in that time: one that is late, or several, must not matter.
 BEATS = 15
 # So many beats before somebody counts as lost, whoever loses a connection waits for the verdict that names the cause.
