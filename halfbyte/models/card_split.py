@@ -143,6 +143,11 @@ def cards_of(model: nn.Module, home: torch.device) -> tuple[torch.device, ...]:
     return tuple(dict.fromkeys([home, *cards]))
 
 
+def is_divided(model: nn.Module) -> bool:
+    """Return whether a model lives on several cards."""
+    return len(set((getattr(model, DEVICE_MAP, None) or {}).values())) > 1
+
+
 class _Copies:
     """Copies on one card of what all its blocks share, as long as the originals live."""
 

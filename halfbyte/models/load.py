@@ -115,7 +115,7 @@ def load_model(
         slabs=_make_slabs(model, residency, target_device, targets=targets),
         keeps_views=_keeps_views(source, target_device, notes),
         splits=splits,
-        split=_split_cards(model, card_shares, residency, computing.dtype, targets, notes),
+        split=_split_cards(model, card_shares, residency, target_device, computing.dtype, targets, notes),
     )
     fill_(filler, placements, on_progress=on_progress)
     notes += _finish_(model, filler, source, residency)
@@ -145,6 +145,7 @@ def _split_cards(
     model: PreTrainedModel,
     shares: Mapping[torch.device, float] | None,
     residency: Residency,
+    device: torch.device,
     dtype: torch.dtype,
     targets: set[str],
     notes: list[str],
@@ -152,6 +153,8 @@ def _split_cards(
     """Return which blocks go on to other cards, adding that to the notes."""
     if shares is None or len(shares) < 2:
         return None
+    if next(iter(shares)) != device:
+        raise ConfigError(f"card_shares begins with {next(iter(shares))}, but the model is loaded to {device}")
     if residency != ON_DEVICE:
         raise ConfigError("a model on several cards has all its weights on them; leave streaming and offloading out")
     split = split_over_cards(model, shares, targets=targets, itemsize=dtype.itemsize)

@@ -11,7 +11,7 @@ bytes that autograd keeps, which grow in proportion to tokens. The micro-batch a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -114,11 +114,15 @@ def choose_policy_(
     # What an earlier choice has pinned is free for this one.
     offload_of(model).release()
     usable_on_host = free_bytes(torch.device("cpu")) * USABLE_SHARE / PIECES_SHARE
+    itemsize = compute_dtype_of(model).itemsize
+    kept = {policy: kept_bytes_per_token(model, policy, itemsize=itemsize) for policy in POLICY_TEXTS}
+    passing = passing_bytes_per_token(model, itemsize=itemsize)
     numbers_by_card = fused_layers_by_card(model)
     policies: dict[int, Policy] = {}
     notes = []
     for card, numbers in numbers_by_card.items():
-        chosen = _choose_on_card(model, card, numbers, wanted, num_tokens, usable_on_host)
+        kept_here = {policy: [of_all[number] for number in numbers] for policy, of_all in kept.items()}
+        chosen = _choose_on_card(card, kept_here, passing, wanted, num_tokens, usable_on_host)
         policies |= dict(zip(numbers, chosen.policies, strict=True))
         usable_on_host -= chosen.host_bytes
         notes.append(f"on {card} {chosen.note}" if len(numbers_by_card) > 1 else chosen.note)
@@ -136,19 +140,13 @@ class _Chosen:
 
 
 def _choose_on_card(
-    model: PreTrainedModel,
     card: torch.device,
-    numbers: Sequence[int],
+    kept: Mapping[Policy, Sequence[KeptNumbers]],
+    passing: int,
     wanted: Checkpointing,
     num_tokens: int,
     usable_on_host: float,
 ) -> _Chosen:
-    itemsize = compute_dtype_of(model).itemsize
-    kept = {}
-    for policy in POLICY_TEXTS:
-        of_all = kept_bytes_per_token(model, policy, itemsize=itemsize)
-        kept[policy] = [of_all[number] for number in numbers]
-    passing = passing_bytes_per_token(model, itemsize=itemsize)
     usable = free_bytes(card) * USABLE_SHARE
     room = KeptNumbers(int(usable / UNFILLED_SHARE / num_tokens) - passing, int(usable_on_host / num_tokens))
     policies = plan_policies(kept, room, ladder=_choose_ladder(card, wanted))

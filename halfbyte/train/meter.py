@@ -18,13 +18,11 @@ class Meter:
     The host counts, and reads the clock only where the loop has just waited for the device anyway.
 
     Args:
-        device: Where the loss is computed.
-        cards: On which the model lives, where they are several.
+        cards: On which the model lives, first the one where the loss is computed.
     """
 
-    def __init__(self, device: torch.device, *, cards: Sequence[torch.device] = ()) -> None:
-        self.device = device
-        self.cards = tuple(cards) or (device,)
+    def __init__(self, cards: Sequence[torch.device]) -> None:
+        self.device, self.cards = cards[0], cards
         self.num_tokens = 0
         self.num_trained_tokens = 0
         self.num_steps = 0

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from halfbyte.device import free_bytes
 from halfbyte.memory.block_streamer import BlockStreamer
 from halfbyte.models.attention import PACKED_ATTENTION, DocumentLayout, has_varlen_attention
-from halfbyte.models.card_split import cards_of
+from halfbyte.models.card_split import is_divided
 from halfbyte.models.fused_layers import (
     dropout_seeds_of,
     gradient_sums_of,
@@ -93,7 +93,7 @@ class MicroBatches:
         """None where micro-batches are recorded; empty on a CPU, where there is nothing to record."""
         self.parameters = [parameter for _, parameter in iter_trainable(model)]
         # A base lies on one card.
-        self.seeds = dropout_seeds_of(model) if is_fused and on_gpu and not self._is_spread else None
+        self.seeds = dropout_seeds_of(model) if is_fused and on_gpu and not is_divided(model) else None
         self.offload = offload_of(model) if is_fused else None
         self._base = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._num_items = torch.ones((), device=self.device)
@@ -110,7 +110,7 @@ class MicroBatches:
         streamer = self.streamer
         reasons = {
             "no fused blocks compute the model": not is_fused,
-            "the model is on several cards": self._is_spread,
+            "the model is on several cards": is_divided(self.model),
             "the loss takes whole logits": not self.loss_path.chunked,
             "attention is not our packed one": self.model.config._attn_implementation != PACKED_ATTENTION,
             # The host computes them from what the device holds.
@@ -121,10 +121,6 @@ class MicroBatches:
             "weights come from files": streamer is not None and streamer.reads_files,
         }
         return next((f"because {reason}" for reason, holds in reasons.items() if holds), None)
-
-    @property
-    def _is_spread(self) -> bool:
-        return len(cards_of(self.model, self.device)) > 1
 
     @property
     def note(self) -> str:

@@ -27,7 +27,7 @@ from halfbyte.device import free_bytes
 from halfbyte.distributed import ALONE
 from halfbyte.errors import PlanError
 from halfbyte.memory.activation_policy import GPU_LADDER, POLICY_TEXTS, Policy
-from halfbyte.models.card_split import cards_of
+from halfbyte.models.card_split import cards_of, is_divided
 from halfbyte.models.fused_layers import iter_fused_layers, kept_bytes_per_token, set_policy
 from halfbyte.models.modes import checkpoint_layers_
 from halfbyte.models.packed_inputs import compute_dtype_of
@@ -156,8 +156,7 @@ def relieve_(model: PreTrainedModel, device: torch.device, *, num_tokens: int) -
         blocks = "every block" if changed == len(policies) else f"{changed} more blocks"
         return f"activations of {blocks} are {POLICY_TEXTS[cheapest]}"
     has_4bit = any(isinstance(module, Linear4bit) for module in model.modules())
-    is_spread = len(cards_of(model, device)) > 1
-    if device.type == "cuda" and has_4bit and not is_streamed(model) and not is_spread:
+    if device.type == "cuda" and has_4bit and not is_streamed(model) and not is_divided(model):
         # Other ranks may have room, and are not here: this one's copy is its own.
         stream_blocks_(model, len(layers), device=device, world=ALONE)
         return "4-bit weights live in host memory and visit the device"

@@ -134,7 +134,7 @@ class HalfbyteTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = True
         self.model_device = compute_device_of(model)
         self.feed = Feed(self._build_loader, self.tell)
-        self.meter = Meter(self.model_device, cards=cards_of(model, self.model_device))
+        self.meter = Meter(cards_of(model, self.model_device))
         self.held_out: HeldOut | None = None
         self.held_out_step = -1
         self._step_micro_batches = 0

@@ -65,7 +65,7 @@ def test_fish_completes(halfbyte: Run, tmp_path: Path) -> None:
 
 def skip_without(shell: str) -> None:
     if shutil.which(shell) is None:
-        pytest.skip(f"{shell} is not installed")
+        pytest.skip(f"{shell} is not installed: apt-get install {shell}")
 
 
 def make_files(folder: Path) -> None:

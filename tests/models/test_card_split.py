@@ -100,7 +100,10 @@ def test_every_weight_is_put_on_its_card(folder: Path) -> None:
 
 
 def test_the_model_says_what_is_where(folder: Path) -> None:
-    model = load(folder, {CPU: 1, OTHER: 1})
+    loaded = load_model(folder, quant=QuantSpec(), device=CPU, card_shares={CPU: 1, OTHER: 1})
+    # The last of its notes is what halfbyte.hf says.
+    assert loaded.report.notes[-1].startswith("divided among 2 cards: block")
+    model = loaded.model
     names = {f"model.layers.{n}" for n in range(NUM_BLOCKS)} | {"model.embed_tokens", "model.norm", "lm_head"}
     assert model.hf_device_map.keys() == names
     assert model.hf_device_map["model.embed_tokens"] == model.hf_device_map["lm_head"] == "cpu"
@@ -145,5 +148,7 @@ def test_two_cards_answer_as_one(folder: Path, fused: bool) -> None:
 def test_what_cannot_be_divided_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="flex_attention works on one card"):
         load(folder, {CPU: 1, OTHER: 1}, attn_implementation="flex_attention")
+    with pytest.raises(ConfigError, match="begins with cpu:0, but the model is loaded to cpu"):
+        load(folder, {OTHER: 1, CPU: 1})
     with pytest.raises(ConfigError, match="has all its weights on them"):
         load(folder, {CPU: 1, OTHER: 1}, residency=Residency(streamed_blocks=1))
