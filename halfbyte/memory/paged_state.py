@@ -14,7 +14,11 @@ Price: torch's pinned allocator rounds a request up to a power of two.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+
+from halfbyte.memory.host_copy import copy_to_host
 
 
 class PagedState:
@@ -35,10 +39,10 @@ class PagedState:
         self.nbytes += tensor.nbytes
         return tensor
 
-    def fetch(self, part: torch.Tensor) -> torch.Tensor:
-        """Return a copy of a part of the state once the kernels that write it have finished."""
+    def fetch(self, parts: Any) -> Any:
+        """Return copies of tensors of the state, alone or as `copy_to_host` takes them, once their kernels are done."""
         self._wait()
-        return part.clone()
+        return copy_to_host(parts)
 
     def evict(self, part: torch.Tensor, values: torch.Tensor) -> None:
         """Write to a part of the state once the kernels that read it have finished.

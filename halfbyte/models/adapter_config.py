@@ -21,9 +21,9 @@ from halfbyte.errors import FormatError
 from halfbyte.models.adapter_patterns import check_pattern
 from halfbyte.models.adapter_tokens import listed_tokens
 from halfbyte.models.described import load_json
-from halfbyte.nn import Linear4bit, LoraSpec
+from halfbyte.nn import LoraSpec
+from halfbyte.nn.attach import AdapterModules
 from halfbyte.nn.spec import ALL_LINEAR, INPUT_EMBEDDING
-from halfbyte.nn.vocabulary import iter_token_rows
 
 CONFIG_FILE = "adapter_config.json"
 # Fields that change what an adapter computes, with the values under which they do not.
@@ -99,21 +99,21 @@ def spec_from_adapter_config(values: Mapping[str, Any]) -> LoraSpec:
 
 
 def make_adapter_config(
-    spec: LoraSpec, *, base_model: str, adapted: Iterable[str], model: nn.Module, revision: str | None = None
+    spec: LoraSpec, *, base_model: str, modules: AdapterModules, model: nn.Module, revision: str | None = None
 ) -> dict[str, Any]:
     """Return what adapter_config.json shall say.
 
     Args:
         spec: What the adapters were made of.
         base_model: Path or hub id of the base.
-        adapted: Paths of the layers that have adapters.
+        modules: What they consist of.
         model: The model that has them.
         revision: Of the base, where it is a hub id.
     """
-    paths = sorted(adapted)
-    names = _targets(spec, paths, model)
+    paths = sorted(modules.lora)
+    names = _targets(spec, paths, modules.linears)
     by_path = names == paths
-    rows = [(path, wrapper.table.token_ids) for path, wrapper in iter_token_rows(model)]
+    rows = [(path, wrapper.table.token_ids) for path, wrapper in modules.rows.items()]
     # Unknown to a PEFT before 0.15, which is therefore not to see it without need.
     tokens = {"trainable_token_indices": listed_tokens(model, rows)} if rows else {}
     return tokens | {
@@ -146,7 +146,7 @@ def adapter_config_text(values: Mapping[str, Any]) -> str:
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
-def _targets(spec: LoraSpec, paths: list[str], model: nn.Module) -> str | list[str]:
+def _targets(spec: LoraSpec, paths: list[str], linears: Iterable[str]) -> str | list[str]:
     if isinstance(spec.targets, str) and spec.targets != ALL_LINEAR and not spec.exclude:
         return spec.targets
     if spec.exclude:
@@ -154,9 +154,6 @@ def _targets(spec: LoraSpec, paths: list[str], model: nn.Module) -> str | list[s
     names = sorted({path.rpartition(".")[2] for path in paths} if spec.targets == ALL_LINEAR else spec.targets)
     if spec.layers_to_transform is not None:
         return names
-    linears = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, Linear4bit))]
-    # A wrapped layer's own path, not that of the base inside.
-    linears = [path.removesuffix(".base") for path in linears]
     matched = {path for path in linears for name in names if path == name or path.endswith(f".{name}")}
     return names if matched == set(paths) else paths
 

@@ -31,6 +31,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from halfbyte.errors import ConfigError, FormatError
+from halfbyte.memory.host_copy import copy_to_host
 from halfbyte.models.adapter_config import (
     CONFIG_FILE,
     adapter_config_text,
@@ -59,7 +60,7 @@ from halfbyte.nn.adapter_shelf import (
     set_adapter,
     take_off_adapter,
 )
-from halfbyte.nn.attach import iter_saved, report_adapters
+from halfbyte.nn.attach import AdapterModules, iter_saved, report_adapters
 from halfbyte.nn.split import Split
 from halfbyte.nn.targets import find_saved, find_targets
 from halfbyte.nn.vocabulary import iter_token_rows
@@ -120,33 +121,33 @@ class AdapterContent:
 def pack_adapter(
     model: PreTrainedModel, *, base_model: str, spec: LoraSpec, revision: str | None = None
 ) -> AdapterContent:
-    """Return the adapters of a model as PEFT would write them; arguments as for `save_adapter`.
-
-    On a CPU the tensors may be the model's own.
-    """
-    adapted = [path for path, _ in iter_lora(model)]
-    is_split = any(layer.taken_A is not None for _, layer in iter_lora(model))
+    """Return copies of the adapters of a model as PEFT would write them; arguments as for `save_adapter`."""
+    modules = AdapterModules.of(model)
+    is_split = any(layer.taken_A is not None for layer in modules.lora.values())
     if is_split:
         spec = spec.with_ranks_times(2)
-    values = make_adapter_config(spec, base_model=base_model, adapted=adapted, model=model, revision=revision)
+    values = make_adapter_config(spec, base_model=base_model, modules=modules, model=model, revision=revision)
     return AdapterContent(
-        tensors=adapter_state_dict(model),
+        tensors=copy_adapter(modules),
         description=adapter_config_text(values),
         metadata={"format": "pt", **(HALVES if is_split else {})},
     )
 
 
-def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the adapters of a model, as those of a plain base, under PEFT's keys, fp32 on the CPU."""
-    tensors: dict[str, torch.Tensor] = {}
-    for path, layer in iter_lora(model):
-        tensors |= {adapter_key(path, name): tensor for name, tensor in both_halves(layer).items()}
-    for path, module in iter_saved(model):
-        for name, parameter in module.trained.named_parameters():
-            tensors[f"{PREFIX}{path}.{name}"] = parameter
-    for path, wrapper in iter_token_rows(model):
-        tensors[f"{PREFIX}{rows_key(path)}"] = wrapper.table.rows
-    return {key: t.detach().to("cpu", torch.float32).contiguous() for key, t in sorted(tensors.items())}
+def copy_adapter(modules: AdapterModules) -> dict[str, torch.Tensor]:
+    """Return copies of a model's adapters, as those of a plain base, under PEFT's keys, fp32 on the CPU."""
+    lora = {path: layer.masters() for path, layer in modules.lora.items()}
+    whole = {
+        f"{PREFIX}{path}.{name}": parameter
+        for path, module in modules.saved.items()
+        for name, parameter in module.trained.named_parameters()
+    }
+    rows = {f"{PREFIX}{rows_key(path)}": wrapper.table.rows for path, wrapper in modules.rows.items()}
+    lora, others = copy_to_host((lora, whole | rows))
+    tensors = {
+        adapter_key(path, name): tensor for path, copies in lora.items() for name, tensor in both_halves(copies).items()
+    }
+    return {key: tensor.float() for key, tensor in sorted((tensors | others).items())}
 
 
 def load_adapter(

@@ -51,12 +51,17 @@ def adapter_key(path: str, name: str) -> str:
     return f"{PREFIX}{path}.{name}" + ("" if name == "lora_magnitude_vector" else ".weight")
 
 
-def both_halves(layer: LoraLinear) -> dict[str, torch.Tensor]:
-    """Return the adapter of a layer as one for the plain base, see `halfbyte.models.weight_splits`."""
-    tensors: dict[str, torch.Tensor] = dict(layer.adapter())
-    if layer.taken_A is not None and layer.taken_B is not None:
-        tensors["lora_A"] = torch.cat([layer.lora_A, layer.taken_A])
-        tensors["lora_B"] = torch.cat([layer.lora_B, -layer.taken_B], dim=1)
+def both_halves(masters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the adapter of a layer as one for the plain base, see `halfbyte.models.weight_splits`.
+
+    Args:
+        masters: As `LoraLinear.masters` gives them, or copies.
+    """
+    tensors = dict(masters)
+    taken_A, taken_B = tensors.pop("taken_A", None), tensors.pop("taken_B", None)
+    if taken_A is not None and taken_B is not None:
+        tensors["lora_A"] = torch.cat([tensors["lora_A"], taken_A])
+        tensors["lora_B"] = torch.cat([tensors["lora_B"], -taken_B], dim=1)
     return tensors
 
 

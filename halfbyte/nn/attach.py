@@ -20,7 +20,7 @@ from halfbyte.nn.spec import LoraSpec
 from halfbyte.nn.split import Split
 from halfbyte.nn.targets import find_saved, find_targets
 from halfbyte.nn.token_rows import RowsEmbedding, RowsHead, TokenRows
-from halfbyte.nn.vocabulary import attach_token_rows, find_token_rows, iter_token_rows
+from halfbyte.nn.vocabulary import attach_token_rows, find_token_rows, iter_token_rows, select_token_rows
 
 ADAPTER_MODULES = (LoraLinear, SavedModule, RowsEmbedding, RowsHead)
 """What stands in the place of a module that is trained; `unwrap` gives that back."""
@@ -63,6 +63,31 @@ class AdapterReport:
                 f"\n{self.trainable_parameters:,} of {self.total_parameters:,} parameters are trained ({share:.2f}%)"
             )
         return text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterModules:
+    """What an adapter of a model consists of, by path, found in one walk: there are thousands of modules."""
+
+    lora: dict[str, LoraLinear]
+    saved: dict[str, SavedModule]
+    rows: dict[str, RowsEmbedding | RowsHead]
+    """As `iter_token_rows` yields them."""
+    linears: tuple[str, ...]
+    """Of all linear layers, with adapters and without."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> AdapterModules:
+        """Find them."""
+        modules = dict(model.named_modules())
+        # A wrapped layer's own path, not that of the base inside.
+        linears = (path.removesuffix(".base") for path, m in modules.items() if isinstance(m, (nn.Linear, Linear4bit)))
+        return cls(
+            lora={path: module for path, module in modules.items() if isinstance(module, LoraLinear)},
+            saved={path: module for path, module in modules.items() if isinstance(module, SavedModule)},
+            rows=dict(select_token_rows(modules.items())),
+            linears=tuple(linears),
+        )
 
 
 def attach_adapters(model: nn.Module, spec: LoraSpec, splits: Mapping[str, Split] | None = None) -> AdapterReport:

@@ -144,6 +144,11 @@ class LoraLinear(nn.Module):
         """Return what is trained, by PEFT's names."""
         return {name: parameter for name, parameter in self._parameters.items() if parameter is not None}
 
+    def masters(self) -> dict[str, torch.Tensor]:
+        """Return what is kept in fp32: the adapter, and what it has begun from where the base lacks that."""
+        taken = {name: self._buffers[name] for name in ("taken_A", "taken_B")}
+        return {**self.adapter(), **{name: factor for name, factor in taken.items() if factor is not None}}
+
     @property
     def acting(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What acts now as lora_A and lora_B; None where the base is alone."""

@@ -7,7 +7,7 @@ of a module's rows is trained, so are all of its new ones.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -111,8 +111,15 @@ def attach_token_rows(model: nn.Module, spec: LoraSpec) -> None:
 
 def iter_token_rows(model: nn.Module) -> Iterator[tuple[str, RowsEmbedding | RowsHead]]:
     """Yield path and module of each embedding and head with trained rows; of a tied pair the embedding."""
+    return select_token_rows(model.named_modules())
+
+
+def select_token_rows(
+    modules: Iterable[tuple[str, nn.Module]],
+) -> Iterator[tuple[str, RowsEmbedding | RowsHead]]:
+    """Yield what `iter_token_rows` does, of modules with their paths."""
     seen: set[TokenRows] = set()
-    for path, module in model.named_modules():
+    for path, module in modules:
         if isinstance(module, (RowsEmbedding, RowsHead)) and module.table.is_trained and module.table not in seen:
             seen.add(module.table)
             yield path, module

@@ -45,7 +45,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -145,16 +145,49 @@ class AdamWState:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole slab."""
-        return sum(t.nbytes for t in (self.m, self.v, self.m_absmax, self.v_absmax) if t is not None)
+        return sum(tensor.nbytes for tensor in self.slab_of(self.tensors).values())
+
+    @property
+    def tensors(self) -> range:
+        """All of them, by their numbers."""
+        return range(len(self.numels))
 
     def views(self, tensor: int) -> dict[str, torch.Tensor]:
         """Return the part of the slab that belongs to one tensor: flat codes and absmax, or flat fp32 moments."""
-        first, last, numel = self.first_block[tensor], self.first_block[tensor + 1], self.numels[tensor]
-        m, v = self.m[first:last].view(-1)[:numel], self.v[first:last].view(-1)[:numel]
+        alone = range(tensor, tensor + 1)
+        return self.divide(self.slab_of(alone), alone)[0]
+
+    def slab_of(self, tensors: range) -> dict[str, torch.Tensor]:
+        """Return the part of the slab that belongs to tensors in a row, by the names of `views`."""
+        blocks = slice(self.first_block[tensors.start], self.first_block[tensors.stop])
+        m, v = self.m[blocks], self.v[blocks]
         if self.m_absmax is None or self.v_absmax is None:
             return {"m": m, "v": v}
-        m_absmax, v_absmax = self.m_absmax[first:last], self.v_absmax[first:last]
-        return {"m_codes": m, "m_absmax": m_absmax, "v_codes": v, "v_absmax": v_absmax}
+        return {"m_codes": m, "m_absmax": self.m_absmax[blocks], "v_codes": v, "v_absmax": self.v_absmax[blocks]}
+
+    def divide(self, slab: Mapping[str, torch.Tensor], tensors: range) -> list[dict[str, torch.Tensor]]:
+        """Return the views of each tensor, of what `slab_of` gives or of a copy of that."""
+        num_blocks = [self.first_block[tensor + 1] - self.first_block[tensor] for tensor in tensors]
+        used_and_unused = [
+            size
+            for tensor, blocks in zip(tensors, num_blocks, strict=True)
+            for size in (self.numels[tensor], blocks * BLOCK_SIZE - self.numels[tensor])
+        ]
+        columns = [
+            part.split(num_blocks) if part.dim() == 1 else part.view(-1).split(used_and_unused)[::2]
+            for part in slab.values()
+        ]
+        return [dict(zip(slab, row, strict=True)) for row in zip(*columns, strict=True)]
+
+    def in_ranges(self, max_bytes: int) -> Iterator[range]:
+        """Yield all tensors in ranges of which m takes up to so many bytes, or of one that takes more."""
+        block_bytes = BLOCK_SIZE * self.m.itemsize
+        start = 0
+        for tensor in self.tensors[1:]:
+            if (self.first_block[tensor + 1] - self.first_block[start]) * block_bytes > max_bytes:
+                yield range(start, tensor)
+                start = tensor
+        yield range(start, len(self.numels))
 
 
 def build_stepper(state: AdamWState, *, backend: str = "auto") -> Stepper:

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 
 from halfbyte.errors import ConfigError, FormatError
+from halfbyte.memory.host_copy import PIECE_BYTES, copy_to_host
 from halfbyte.memory.paged_state import PagedState
 from halfbyte.ops.adamw8bit import (
     MIN_8BIT_NUMEL,
@@ -102,8 +103,8 @@ class FlatAdamW(torch.optim.Optimizer):
             cohort.stepper.step_(cohort.params, grads, groups=groups, control=control)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the groups and, for each parameter that has taken a step, copies of its state."""
-        return {**super().state_dict(), "state": self._export_state()}
+        """Return the groups and, for each parameter that has taken a step, its state, as copies in host memory."""
+        return {**copy_to_host({**super().state_dict(), "state": {}}), "state": self._export_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned.
@@ -145,12 +146,17 @@ class FlatAdamW(torch.optim.Optimizer):
     def _export_state(self) -> dict[int, dict[str, Any]]:
         exported: dict[int, dict[str, Any]] = {}
         for cohort in self._cohorts:
-            paged = cohort.paged
-            for position, step in enumerate(cohort.stepper.read_steps()):
-                if step > 0:
-                    views = cohort.state.views(position)
-                    copies = {key: view.clone() if paged is None else paged.fetch(view) for key, view in views.items()}
-                    exported[cohort.indices[position]] = {"step": step, **copies}
+            steps = cohort.stepper.read_steps()
+            if not any(steps):
+                continue
+            # In few transfers: parameter by parameter there are thousands.
+            ranges = list(cohort.state.in_ranges(PIECE_BYTES))
+            copy = copy_to_host if cohort.paged is None else cohort.paged.fetch
+            slabs = copy([cohort.state.slab_of(tensors) for tensors in ranges])
+            for tensors, slab in zip(ranges, slabs, strict=True):
+                for position, views in zip(tensors, cohort.state.divide(slab, tensors), strict=True):
+                    if steps[position] > 0:
+                        exported[cohort.indices[position]] = {"step": steps[position], **views}
         return dict(sorted(exported.items()))
 
     def _import_state(self, saved: dict[int, dict[str, Any]]) -> None:

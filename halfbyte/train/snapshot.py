@@ -19,7 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
+from halfbyte.memory.host_copy import copy_to_host
 from halfbyte.models.adapter_files import AdapterContent, pack_adapter
+from halfbyte.optim.adamw import FlatAdamW
 from halfbyte.train.checkpoint import (
     GUARD_FILE,
     OPTIMIZER_FILE,
@@ -40,8 +42,10 @@ class Snapshot:
     adapter: AdapterContent
     states: Mapping[str, Any]
     """Numbers and tensors by name of their .pt file."""
+    documents: Mapping[str, Any]
+    """What JSON files say, by name."""
     texts: Mapping[str, str]
-    """Text files by name."""
+    """Other text files by name."""
 
     def write(self, folder: Path, tokenizer: TokenizerFiles) -> None:
         """Write all files of the checkpoint, its manifest last."""
@@ -49,7 +53,8 @@ class Snapshot:
         self.adapter.write(folder)
         for name, state in self.states.items():
             (folder / name).write_bytes(_serialise(state))
-        for name, text in self.texts.items():
+        texts = {**self.texts, **{name: _as_json(said) for name, said in self.documents.items()}}
+        for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
         write_manifest(folder)
 
@@ -94,8 +99,8 @@ def take_snapshot(trainer: Any, *, run_state: Mapping[str, Any], config_text: st
     for callback in [*trainer.callback_handler.callbacks, trainer.control]:
         if isinstance(callback, ExportableState):
             state.stateful_callbacks[type(callback).__name__] = callback.state()
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     states = {
-        OPTIMIZER_FILE: trainer.optimizer.state_dict(),
         SCHEDULER_FILE: trainer.lr_scheduler.state_dict(),
         RANDOM_FILE: read_random_state(trainer.model_device),
     }
@@ -103,30 +108,26 @@ def take_snapshot(trainer: Any, *, run_state: Mapping[str, Any], config_text: st
         states[GUARD_FILE] = trainer.guard.state_dict()
     if trainer.scaler is not None:
         states[SCALER_FILE] = trainer.scaler.state_dict()
-    texts = {
-        RUN_STATE_FILE: json.dumps(run_state, indent=1),
-        TRAINER_STATE_NAME: json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n",
-    }
-    if config_text is not None:
-        texts["run.yaml"] = config_text
-    adapter = pack_adapter(trainer.model, base_model=trainer.base_model, spec=trainer.lora)
     return Snapshot(
         step=state.global_step,
-        adapter=dataclasses.replace(adapter, tensors=copy_to_host(adapter.tensors)),
-        states=copy_to_host(states),
-        texts=texts,
+        adapter=pack_adapter(trainer.model, base_model=trainer.base_model, spec=trainer.lora),
+        states={OPTIMIZER_FILE: _copy_optimizer(trainer.optimizer), **copy_to_host(states)},
+        # Not as texts: of the log of a long run that takes longer than all else here.
+        documents=copy_to_host({RUN_STATE_FILE: run_state, TRAINER_STATE_NAME: fields}),
+        texts={} if config_text is None else {"run.yaml": config_text},
     )
 
 
-def copy_to_host(values: Any) -> Any:
-    """Return dicts, lists and tuples of numbers and tensors with every tensor copied into host memory."""
-    if isinstance(values, torch.Tensor):
-        return values.detach().to("cpu", copy=True)
-    if isinstance(values, Mapping):
-        return {key: copy_to_host(value) for key, value in values.items()}
-    if isinstance(values, list | tuple):
-        return type(values)(map(copy_to_host, values))
-    return values
+def _copy_optimizer(optimizer: Any) -> dict[str, Any]:
+    """Return the state of an optimizer, which may be in accelerate's wrapper."""
+    state: dict[str, Any] = optimizer.state_dict()
+    # Any other hands out its own tensors.
+    is_copied = isinstance(getattr(optimizer, "optimizer", optimizer), FlatAdamW)
+    return state if is_copied else copy_to_host(state)
+
+
+def _as_json(said: Any) -> str:
+    return json.dumps(said, indent=2, sort_keys=True) + "\n"
 
 
 def _serialise(state: Any) -> memoryview:

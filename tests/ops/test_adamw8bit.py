@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -271,3 +272,22 @@ def test_adamw_step_does_not_wait_for_the_device() -> None:
         stepper.step_(params, moved, groups=[options], control=StepControl())
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@BITS
+@pytest.mark.parametrize("max_blocks", [1, 3, 5, 100])
+def test_state_divides_into_ranges_of_whole_tensors(state_bits: Literal[8, 32], max_blocks: int) -> None:
+    numels = [256, 257, 1, 1024, 700, 512]
+    state = AdamWState(numels, [0] * len(numels), state_bits=state_bits, device=CPU)
+    for tensor in state.slab_of(state.tensors).values():
+        tensor.copy_(torch.arange(tensor.numel()).view_as(tensor))
+    max_bytes = max_blocks * state.m[0].nbytes
+    ranges = list(state.in_ranges(max_bytes))
+    assert [tensor for tensors in ranges for tensor in tensors] == list(range(len(numels)))
+    for tensors in ranges:
+        slab = state.slab_of(tensors)
+        assert len(tensors) == 1 or next(iter(slab.values())).nbytes <= max_bytes
+        copies = {name: part.clone() for name, part in slab.items()}
+        for tensor, views in zip(tensors, state.divide(copies, tensors), strict=True):
+            for (name, view), expected in zip(views.items(), state.views(tensor).values(), strict=True):
+                assert torch.equal(view, expected), name

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from halfbyte.errors import ConfigError, FormatError
+from halfbyte.memory.host_copy import copy_to_host
 from halfbyte.optim import AdamW8bit, AdamW32bit
 from halfbyte.optim.adamw import FlatAdamW
 from tests.oracles import assert_close
@@ -233,16 +234,45 @@ def test_adamw_empty_state_dict_loads(kind: type[FlatAdamW]) -> None:
     assert len(optimizer.state_dict()["state"]) == len(params)
 
 
-def test_adamw_state_dict_is_a_copy() -> None:
-    params = make_params()
-    optimizer = make_optimizer(AdamW8bit, params)
+@BOTH
+@PAGED
+@DEVICES
+def test_adamw_state_dict_is_a_copy_in_host_memory(kind: type[FlatAdamW], paged: bool, device: str) -> None:
+    params = make_params(device)
+    optimizer = make_optimizer(kind, params, paged=paged)
     give_grads(params, 0)
     optimizer.step()
-    saved = optimizer.state_dict()
-    kept = saved["state"][0]["m_codes"].clone()
+    kept = [tensor.to("cpu", copy=True) for param in params for tensor in optimizer.state[param].values()]
     give_grads(params, 1)
+    saved = optimizer.state_dict()
     optimizer.step()
-    assert torch.equal(saved["state"][0]["m_codes"], kept)
+    copies = [value for state in saved["state"].values() for value in state.values() if torch.is_tensor(value)]
+    assert all(copy.device.type == "cpu" for copy in copies)
+    assert all(torch.equal(copy, tensor) for copy, tensor in zip(copies, kept, strict=True))
+    saved["param_groups"][0]["params"].clear()
+    assert len(optimizer.param_groups[0]["params"]) == 2
+
+
+@BOTH
+def test_adamw_state_is_saved_once_and_loads_as_if_saved_tensor_by_tensor(kind: type[FlatAdamW]) -> None:
+    params = make_params()
+    optimizer = make_optimizer(kind, params)
+    for number in range(2):
+        give_grads(params, number)
+        optimizer.step()
+    saved = optimizer.state_dict()
+    apart = copy_to_host(saved)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in moments_of(optimizer)}) < len(params) * 2
+    sizes = []
+    for state_dict in (saved, apart):
+        buffer = io.BytesIO()
+        torch.save(state_dict, buffer)
+        sizes.append(buffer.tell())
+        again = make_optimizer(kind, make_params())
+        again.load_state_dict(through_a_file(state_dict))
+        assert all(torch.equal(a, b) for a, b in zip(moments_of(again), moments_of(optimizer), strict=True))
+    # Up to a block of each moment is unused at the end of a parameter.
+    assert sizes[0] <= sizes[1] + len(params) * 2 * 256 * 4
 
 
 def test_adamw_refuses_the_state_of_another_optimizer() -> None:

@@ -12,7 +12,7 @@ import torch
 from halfbyte.models.adapter_files import AdapterContent
 from halfbyte.train.checkpoint import find_checkpoint, list_checkpoints, load_tensors
 from halfbyte.train.saver import CheckpointSaver
-from halfbyte.train.snapshot import Snapshot, TokenizerFiles, copy_to_host
+from halfbyte.train.snapshot import Snapshot, TokenizerFiles
 from tests.train.full_disk import files_up_to
 from tests.train.tiny import build_tokenizer
 
@@ -32,7 +32,8 @@ class Told:
             step=step,
             adapter=AdapterContent(tensors={"a": torch.full((3,), float(step))}, description="{}", metadata={}),
             states={"optimizer.pt": {"step": step}, **states},
-            texts={"run_state.json": "{}"},
+            documents={"run_state.json": {}},
+            texts={},
         )
         self.saver.save(snapshot, keep=keep, choose_spared=lambda steps: {spared} & steps)
 
@@ -118,12 +119,3 @@ def test_saver_raises_what_is_not_the_disk(tmp_path: Path) -> None:
     told.save(2)
     told.saver.wait()
     assert told.said == ["saved checkpoint-2"]
-
-
-def test_copy_to_host_shares_nothing() -> None:
-    tensor = torch.arange(3.0)
-    values = {"a": [tensor, (1, tensor)], "b": {"c": tensor}}
-    copied = copy_to_host(values)
-    tensor.zero_()
-    for found in (copied["a"][0], copied["a"][1][1], copied["b"]["c"]):
-        assert found.tolist() == [0, 1, 2]
