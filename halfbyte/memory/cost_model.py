@@ -15,7 +15,8 @@ Gradients of several ranks are added up while the last backward of a step comput
 Constants were fitted to an H100 SXM (torch 2.11, micro-batches as CUDA graphs, 2026-11-24). docs/memory.md has times as
 predicted and as measured, which differ by 0.2 to 6.5%. Cards of that type differ by 9% among themselves.
 
-Other cards are scaled by their products, memory and link: a guess, within a third or so.
+An H200's times differ by up to 4.3% (2026-11-29). Other cards are scaled by their products, memory and link: a guess,
+within a third or so.
 
 T tokens, L tokens of a row, W linear weights of a block, A attention's width, D width, F feed-forward width.
 """
