@@ -5,10 +5,11 @@
     torchrun --nproc-per-node=2 -m benchmarks.bench_ranks --model Llama-65B --cap 26 --streamed 80 --sharded \\
         --ckpt offload
 
-Random 4-bit weights and the settings of `bench_train`: 4 x 1024 tokens a micro-batch and rank, an optimizer step every
-second one. With --streamed the ranks of a host read one copy of those blocks' weights, with --sharded from each other's
-cards. One JSON line: tokens a second of all ranks together, the milliseconds that adding up gradients takes by itself,
-and every rank's memory. With --after gradients are added up after the backward instead of beside it.
+Random 4-bit weights and the settings of `bench_train`: unless said otherwise 4 x 1024 tokens a micro-batch and rank, an
+optimizer step every second one. With --streamed the ranks of a host read one copy of those blocks' weights, with
+--sharded from each other's cards. With --after gradients are added up after the backward instead of beside it. One JSON
+line: tokens a second of all ranks together, the milliseconds that adding up gradients takes by itself, and every rank's
+memory.
 """
 
 from __future__ import annotations
@@ -41,9 +42,12 @@ def main() -> None:
     parser.add_argument("--after", action="store_true", help="add up gradients after the backward, all in one piece")
     parser.add_argument("--ckpt", choices=tuple(CHECKPOINTING), default="0")
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=4, help="rows of a micro-batch")
+    parser.add_argument("--seq", type=int, default=1024, help="tokens of a row")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    with join_world() as world:
-        device = default_device()
+    with join_world(on_cpu=options.device == "cpu") as world:
+        device = default_device() if options.device == "cuda" else torch.device("cpu")
         if options.cap:
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(options.cap * 2**30 / total)
@@ -53,8 +57,8 @@ def main() -> None:
         )
         build_s = time.perf_counter() - started
         setting = Setting(
-            batch=4,
-            seq=1024,
+            batch=options.batch,
+            seq=options.seq,
             steps=options.steps,
             accumulation=2,
             checkpointing=CHECKPOINTING[options.ckpt],

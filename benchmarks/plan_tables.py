@@ -49,7 +49,8 @@ def main() -> None:
 def measured_table() -> str:
     """Return what was planned beside what was measured, in Markdown."""
     lines = [
-        "| model, rows x tokens | card | activations | blocks that visit | planned | reserved | | planned ms | measured ms |",
+        "| model, rows x tokens | card | activations | blocks that visit | planned | reserved | "
+        "| planned ms | measured ms |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in json.loads(MEASURED.read_text())["rows"]:
