@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Tra
 from halfbyte.data import TokenizedExample
 from halfbyte.device import default_compute_dtype, default_device, keep_freed_memory, peak_resident_bytes
 from halfbyte.distributed import current_world
+from halfbyte.distributed.world import PIECE_BYTES
 from halfbyte.memory.activation_policy import Policy
 from halfbyte.models import load_model
 from halfbyte.models.attention import PACKED_ATTENTION, register_packed_attention
@@ -80,6 +81,8 @@ class Setting:
     fused: bool = True
     fp8: bool = False
     policies: tuple[Policy, ...] | None = None
+    piece_bytes: int = PIECE_BYTES
+    """By which ranks send each other gradients."""
 
 
 class StepTimer(TrainerCallback):
@@ -224,6 +227,7 @@ def train(model: PreTrainedModel, blocks: np.ndarray, setting: Setting) -> tuple
                 row_tokens=setting.seq, fused=setting.fused, fp8=setting.fp8, policies=setting.policies
             ),
         )
+        trainer.micro_batches.exchange.piece_bytes = setting.piece_bytes
         trainer.train()
     return trainer, timer
 

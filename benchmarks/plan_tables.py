@@ -49,8 +49,9 @@ def main() -> None:
 def measured_table() -> str:
     """Return what was planned beside what was measured, in Markdown."""
     lines = [
-        "| model, rows x tokens | activations | blocks that visit | planned | reserved | | planned ms | measured ms |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model, rows x tokens | card | activations | blocks that visit | planned | reserved | "
+        "| planned ms | measured ms |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in json.loads(MEASURED.read_text())["rows"]:
         if row["expandable_segments"]:
@@ -60,7 +61,8 @@ def measured_table() -> str:
 
 def _measured_line(row: dict[str, Any]) -> str:
     run = RunShape(row_tokens=row["row_tokens"], batch_rows=row["rows"], pages_optimizer=True)
-    maker = LedgerMaker(_shape(row["model"]), run, H100)
+    card = find_card(row.get("card", H100.name))
+    maker = LedgerMaker(_shape(row["model"]), run, card)
     policies = tuple((policy, count) for policy, count in row["policies"])
     choice = Choice(
         rows=row["rows"],
@@ -74,7 +76,7 @@ def _measured_line(row: dict[str, Any]) -> str:
     sizes = f"{row['model']}, {row['rows']} x {row['row_tokens']}"
     measured = "" if row["micro_batch_ms"] is None else f"{row['micro_batch_ms']:,.0f}"
     return (
-        f"| {sizes} | {kept} | {row['streamed_blocks']} | {planned:.2f} GiB | "
+        f"| {sizes} | {card.name.partition(' ')[0]} | {kept} | {row['streamed_blocks']} | {planned:.2f} GiB | "
         f"{row['reserved_gib']:.2f} GiB | {planned / row['reserved_gib'] - 1:+.1%} | {predicted:,.0f} | {measured} |"
     )
 

@@ -23,7 +23,12 @@ WEIGHT_STD = 0.02
 
 
 def build_random_4bit(
-    config: PreTrainedConfig, device: torch.device, *, streamed_blocks: int = 0, spill_folder: Path | None = None
+    config: PreTrainedConfig,
+    device: torch.device,
+    *,
+    streamed_blocks: int = 0,
+    spill_folder: Path | None = None,
+    on_cards: bool = False,
 ) -> PreTrainedModel:
     """Return a model whose 4-bit codes and scales are drawn at random.
 
@@ -32,13 +37,16 @@ def build_random_4bit(
         device: Where it computes.
         streamed_blocks: How many blocks' weights live in host memory.
         spill_folder: Where those lie in files instead.
+        on_cards: Whether they are divided among the cards of this host's ranks instead.
     """
     dtype = default_compute_dtype(device)
     model = build_meta_model(config, dtype=dtype, attn_implementation=PACKED_ATTENTION)
     paths = quantizable_layers(model, config)
     slabs = None
     if streamed_blocks:
-        slabs = SlabFiller(model, targets=paths, count=streamed_blocks, device=device, spill_folder=spill_folder)
+        slabs = SlabFiller(
+            model, targets=paths, count=streamed_blocks, device=device, spill_folder=spill_folder, on_cards=on_cards
+        )
     weights: dict[str, QuantizedTensor] = {}
 
     def siblings(block: str) -> int:

@@ -26,7 +26,7 @@ examples:
   halfbyte plan ./Llama-65B/config.json --gpu "RTX 4090" --host 64GiB
   halfbyte plan run.yaml --gpu this
 
-Speeds on cards other than the H100 are scaled by data sheets: a guess, and said so.
+Speeds on cards other than the H100 and the H200 are scaled by data sheets: a guess, and said so.
 """
 
 

@@ -29,7 +29,10 @@ from halfbyte.errors import HalfbyteError
 if TYPE_CHECKING:
     import torch
 
-# Gradients are added up in pieces of about this size, one on its way while the next is put together.
+# Gradients that are sent while others are computed: short, so that little is left to do after a backward; long enough
+# that starting it costs nothing beside it.
+PIECE_BYTES = 2**23
+# Tensors that lie apart are added up by so much, one bucket on its way while the next is put together.
 BUCKET_BYTES = 2**25
 # Of memory that tensors fill together, what may lie between them and is added up as well.
 GAPS_SHARE = 0.1
@@ -125,7 +128,7 @@ class World:
             torch._foreach_copy_(bucket, [piece.view_as(t) for piece, t in zip(pieces, bucket, strict=True)])
 
         with self._meeting("adding up gradients"), torch.no_grad():
-            whole = _stretch_of(tensors)
+            whole = stretch_of(tensors)
             if whole is not None:
                 dist.all_reduce(whole)
                 return
@@ -136,6 +139,23 @@ class World:
                     finish()
             while pending:
                 finish()
+
+    def begin_adding_(self, tensor: torch.Tensor) -> Callable[[], None]:
+        """Begin to replace a tensor by the sum of all ranks', and return what waits for it; in one order everywhere.
+
+        On a GPU it begins behind what is launched so far, and what is launched after the waiting finds the sum.
+        """
+        import torch.distributed as dist
+
+        purpose = "adding up gradients"
+        with self._meeting(purpose):
+            work = dist.all_reduce(tensor, async_op=True)
+
+        def wait() -> None:
+            with self._meeting(purpose):
+                work.wait()
+
+        return wait
 
     def copy_from_main_(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace tensors by rank 0's."""
@@ -185,7 +205,7 @@ def shorten(error: BaseException) -> str:
     return re.sub(r"^\[\S*\]\s*", "", lines[0]).partition(". ")[0]
 
 
-def _stretch_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+def stretch_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """Return the memory that tensors fill, as one tensor, or None where they lie apart."""
     first = tensors[0]
     storage = first.untyped_storage()

@@ -1,6 +1,6 @@
 """What cards can do, as far as a plan must know: memory, speed of products, of memory, and of the link to the host.
 
-The H100's figures were measured by us (docs/memory.md). All others are the vendors' data sheets times one share for
+The H100's and the H200's figures were measured by us (docs/memory.md). All others are the vendors' data sheets times one share for
 products, one for memory and one for the link, those by which the H100 stays below its own data sheet; they are a guess,
 and plans say so. Laptop variants run at whatever power the maker allows: a third less is not rare.
 """
@@ -78,6 +78,19 @@ H100 = Card(
     cublas_bytes=CUBLAS_HOPPER_BYTES,
 )
 
+# Ten plans' times within 4.3%. Its memory is half as fast again as the H100's, but products wait for the same power.
+H200 = Card(
+    name="H200",
+    memory_bytes=int(139.8 * GIB),
+    product_tflops=690,
+    memory_gbps=3300,
+    link_gbps=54,
+    peer_gbps=PEER_GBPS["H200"] * LINK_SHARE,
+    has_fp8=True,
+    is_measured=True,
+    cublas_bytes=CUBLAS_HOPPER_BYTES,
+)
+
 CARDS = (
     _sheet("RTX 3060 12GB", 12, 51, 360, PCIE4),
     _sheet("RTX 3060 Laptop", 6, 43, 336, PCIE4 / 2),
@@ -112,7 +125,7 @@ CARDS = (
     _sheet("A100 80GB", 80, 312, 2039, PCIE4),
     _sheet("H100 PCIe", 80, 756, 2000, PCIE5, fp8=True),
     H100,
-    _sheet("H200", 141, 989, 4800, PCIE5, fp8=True),
+    H200,
     _sheet("B200", 180, 2250, 8000, PCIE5, fp8=True),
 )
 # What a card of a bare size is taken to do: a modest one of its size.

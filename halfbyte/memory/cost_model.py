@@ -10,10 +10,13 @@ A pass through the blocks takes, on the compute stream,
 and beside it, on the link, each way on its own: slabs of weights that visit (both passes), activations that are put
 away (out in the forward, back in the backward). A pass takes the longest of the three.
 
+Gradients of several ranks are added up while the last backward of a step computes; what that takes longer is added.
+
 Constants were fitted to an H100 SXM (torch 2.11, micro-batches as CUDA graphs, 2026-11-24). docs/memory.md has times as
 predicted and as measured, which differ by 0.2 to 6.5%. Cards of that type differ by 9% among themselves.
 
-Other cards are scaled by their products, memory and link: a guess, within a third or so.
+An H200's times differ by up to 4.3% (2026-11-29). Other cards are scaled by their products, memory and link: a guess,
+within a third or so.
 
 T tokens, L tokens of a row, W linear weights of a block, A attention's width, D width, F feed-forward width.
 """
@@ -23,6 +26,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+from halfbyte.distributed.world import PIECE_BYTES
 from halfbyte.memory.activation_policy import Policy
 from halfbyte.memory.cards import Card
 from halfbyte.memory.ledger import LedgerMaker
@@ -108,10 +112,11 @@ class CostModel:
             # Each weight is fetched when it is expanded, and waited for.
             passes = forward + visits, backward + visits
         outer = self._outer(tokens)
+        exchange = self._after_backward(passes[1], self.exchange_seconds)
         return StepTime(
             micro_batch_seconds=sum(passes) + outer,
             num_micro_batches=-(-self.run.batch_rows // choice.rows),
-            optimizer_seconds=self._optimizer() + self.exchange_seconds,
+            optimizer_seconds=self._optimizer() + exchange,
             link_bound=sum(passes) > 1.02 * (forward + backward),
         )
 
@@ -134,8 +139,14 @@ class CostModel:
 
     @property
     def exchange_seconds(self) -> float:
-        """Of that, with nothing computed meanwhile."""
+        """Of that, whether or not something is computed meanwhile."""
         return self.exchange_bytes / (self.run.peer_gbps * 1e9)
+
+    def _after_backward(self, backward: float, exchange: float) -> float:
+        """Return what an exchange takes longer than the backward beside it: see `halfbyte.train.gradient_exchange`."""
+        pieces = max(-(-4 * self.ledgers.adapter_numbers // PIECE_BYTES), 1)
+        # The first piece is there after its share of the backward; the last one is sent when that has ended.
+        return max(exchange / pieces, exchange - backward * (1 - 1 / pieces))
 
     def _time_block(self, policy: Policy, tokens: int) -> _Pass:
         shape, weights = self.shape, self.shape.block_weights

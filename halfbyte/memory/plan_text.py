@@ -89,7 +89,7 @@ def describe_choice(plan: MemoryPlan, candidate: Candidate) -> list[str]:
         )
         costs = CostModel(LedgerMaker(plan.shape, run, plan.card))
         parts.append(
-            f"ranks: each of {run.ranks} has {has}; gradients are added up once a step, "
+            f"ranks: each of {run.ranks} has {has}; gradients are added up once a step beside its last backward, "
             f"{size_of(costs.exchange_bytes)} in {1e3 * costs.exchange_seconds:.0f} ms at {run.peer_gbps:g} GB/s"
         )
     if run.fused:

@@ -34,6 +34,12 @@ class GradientSums:
     def __init__(self) -> None:
         self.targets: dict[nn.Parameter, torch.Tensor] = {}
         """Empty as long as autograd is to have the gradients."""
+        self.notice: Callable[[nn.Parameter], None] = _ignore
+        """Is told whose gradient has been added."""
+
+    def clear(self) -> None:
+        """Leave the gradients to autograd."""
+        self.targets, self.notice = {}, _ignore
 
     def add(
         self, parameters: Sequence[nn.Parameter], gradients: Sequence[torch.Tensor]
@@ -46,7 +52,14 @@ class GradientSums:
         if known:
             sums = [target for target, _ in known]
             torch._foreach_add_(sums, [gradient.to(target.dtype) for target, gradient in known])
+            for parameter in parameters:
+                if parameter in self.targets:
+                    self.notice(parameter)
         return [gradient if target is None else None for target, gradient in pairs]
+
+
+def _ignore(parameter: nn.Parameter) -> None:
+    pass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ class StepGuard:
         max_norm: Gradients are scaled down to this norm; 0 for never.
         scaler: For fp16.
         world: Whose ranks have the other micro-batches of a step; they stop together.
+        add_up: Makes the parameters' gradients the sums of all ranks'.
         bad_steps: What to do with them.
         loss_spike: How many times the mean a loss is too much; None for never.
         device: Where losses are; unless given, where the first parameter is.
@@ -78,11 +79,12 @@ class StepGuard:
         max_norm: float,
         scaler: LossScaler | None = None,
         world: World = ALONE,
+        add_up: Callable[[], None] = lambda: None,
         bad_steps: BadSteps | None = None,
         loss_spike: float | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self.optimizer, self.scaler, self.world = optimizer, scaler, world
+        self.optimizer, self.scaler, self.world, self.add_up = optimizer, scaler, world, add_up
         self.bad_steps, self.loss_spike = bad_steps or BadSteps(), loss_spike
         self.max_norm = max_norm or math.inf
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -127,9 +129,9 @@ class StepGuard:
         Raises:
             DivergedError: The step is bad, on a CPU; the last step was bad, on a GPU.
         """
+        # First, since ranks have begun it; whether the last step was bad, all of them learn from the same sums.
+        self.add_up()
         self.finish()
-        if self.world.size > 1:
-            self._add_up()
         grads = [p.grad for p in self.parameters if p.grad is not None]
         scale = torch.ones((), device=self._stopped.device) if self.scaler is None else self.scaler.scale
         norm = torch.nn.utils.get_total_norm(grads).to(scale.device) / scale
@@ -192,14 +194,6 @@ class StepGuard:
     def _take(self, pending: _Pending) -> None:
         limit = None if pending.limit is None else float(pending.limit)
         self.bad_steps.take(BadStep(pending.step, pending.batches, float(pending.loss), limit))
-
-    def _add_up(self) -> None:
-        """Give every rank the sums of all ranks' gradients."""
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                # A rank whose micro-batches trained nothing.
-                parameter.grad = torch.zeros_like(parameter)
-        self.world.add_([parameter.grad for parameter in self.parameters if parameter.grad is not None])
 
     def _hand_over(self, grads: list[torch.Tensor], divisor: torch.Tensor, *, skip: torch.Tensor) -> None:
         optimizer: Any = self.optimizer

@@ -17,11 +17,16 @@ MAX_GRAPHS; everything else is launched kernel by kernel, which computes the sam
 Gradients are added to buffers that stay where they are, block by block. Graphs share one pool of memory; it is as
 large as what the same micro-batch takes without. If both do not fit, a micro-batch without a graph lets the graphs go
 first.
+
+Of several ranks, the last micro-batch of a step tells their exchange what is complete while it computes on. A graph
+records an event for each piece, behind which the piece is sent.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +34,7 @@ import torch
 from transformers import PreTrainedModel
 
 from halfbyte.device import free_bytes
+from halfbyte.distributed import ALONE, World
 from halfbyte.memory.block_streamer import BlockStreamer
 from halfbyte.models.attention import PACKED_ATTENTION, DocumentLayout, has_varlen_attention
 from halfbyte.models.card_split import is_divided
@@ -47,6 +53,7 @@ from halfbyte.nn.convert import workspace_of
 from halfbyte.nn.vocabulary import iter_token_rows
 from halfbyte.ops.cross_entropy import IGNORED_LABEL
 from halfbyte.train.batches import Batch, move_batch
+from halfbyte.train.gradient_exchange import Completion, GradientExchange
 from halfbyte.train.loss import LossPath
 
 MAX_GRAPHS = 12
@@ -74,6 +81,8 @@ class _Recorded:
     loss: torch.Tensor
     host_memory: tuple[torch.Tensor, ...]
     """Where the graph puts activations away."""
+    completions: list[torch.cuda.Event]
+    """Passed where pieces of the gradients are complete, the last ones first."""
 
 
 class MicroBatches:
@@ -83,9 +92,10 @@ class MicroBatches:
         model: In the form in which it is trained.
         loss_path: How its loss is computed.
         as_graphs: Whether to record them where that is possible: fused blocks on a GPU, with our packed attention.
+        world: Whose other ranks compute the other micro-batches of a step.
     """
 
-    def __init__(self, model: PreTrainedModel, loss_path: LossPath, *, as_graphs: bool) -> None:
+    def __init__(self, model: PreTrainedModel, loss_path: LossPath, *, as_graphs: bool, world: World = ALONE) -> None:
         self.model, self.loss_path = model, loss_path
         self.device = compute_device_of(model)
         is_fused, on_gpu = any(True for _ in iter_fused_layers(model)), self.device.type == "cuda"
@@ -97,7 +107,8 @@ class MicroBatches:
         self.offload = offload_of(model) if is_fused else None
         self._base = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._num_items = torch.ones((), device=self.device)
-        self._gradients: list[torch.Tensor] = []
+        self.exchange = GradientExchange(world)
+        self._hooks: list[Any] = []
         self._seen: dict[_Shape, int] = {}
         self._graphs: dict[_Shape, _Recorded] = {}
         self._addresses: tuple[int, ...] = ()
@@ -147,6 +158,7 @@ class MicroBatches:
         seed: int | None = None,
         factor: torch.Tensor | None = None,
         watch: Callable[[torch.Tensor], None] = lambda loss: None,
+        is_last: bool = False,
     ) -> torch.Tensor:
         """Add the gradients of a micro-batch to those of the parameters, and return its loss.
 
@@ -156,6 +168,7 @@ class MicroBatches:
             seed: Decides everything that is drawn at random; without it torch's generators go on from where they are.
             factor: Of the loss before its backward, for fp16, which is never recorded.
             watch: Is shown the loss, before the backward where there is no graph.
+            is_last: Of this rank's in a step; `add_up` comes next.
         """
         if seed is not None:
             torch.manual_seed(seed)
@@ -163,6 +176,10 @@ class MicroBatches:
             # Drawn on the host: nothing waits, and what is drawn does not depend on whether there is a graph.
             self._base.fill_(int(torch.randint(2**31, (), device="cpu")))
             self.seeds.start(self._base)
+        if self.exchange.world.size > 1:
+            self._place_gradients()
+        if is_last:
+            self.exchange.open()
         try:
             if not self.as_graphs or factor is not None or num_items is None:
                 loss = self.loss_path(move_batch(batch, self.device), num_items=num_items)
@@ -177,9 +194,22 @@ class MicroBatches:
             if self.seeds is not None:
                 self.seeds.start(None)
 
+    def add_up(self) -> None:
+        """Have the parameters' gradients be the sums of all ranks'; also where this one has computed none."""
+        self._place_gradients()
+        self.exchange.finish()
+
+    def begin_anew(self) -> None:
+        """Drop the gradients of a step, whose micro-batches will come again."""
+        self.exchange.begin_anew()
+        for parameter in self.parameters:
+            parameter.grad = None
+
     def release(self) -> None:
         """Let all graphs go, their memory, the host memory of activations, and the slots of weights that visit."""
         self._release_graphs()
+        while self._hooks:
+            self._hooks.pop().remove()
         if self.offload is not None:
             self.offload.release()
         if self.streamer is not None:
@@ -210,6 +240,7 @@ class MicroBatches:
             # nobody with what.
             self.streamer.forget()
         recorded.graph.replay()
+        self.exchange.send_behind(recorded.completions)
         if self.streamer is not None:
             self.streamer.forget()
         return recorded.loss.clone()
@@ -253,7 +284,10 @@ class MicroBatches:
         self.offload.join()
         if self.streamer is not None:
             self.streamer.forget()
-        sums.targets = dict(zip(self.parameters, self._gradients, strict=True))
+        sums.targets = dict(zip(self.parameters, self.exchange.gradients, strict=True))
+        completions: list[torch.cuda.Event] = []
+        if self.exchange.pieces and has_external_events():
+            sums.notice = self._note_in(completions)
         try:
             with torch.cuda.graph(graph, pool=pool):
                 try:
@@ -265,16 +299,29 @@ class MicroBatches:
                     if self.streamer is not None:
                         self.streamer.forget()
         finally:
-            sums.targets = {}
+            sums.clear()
         self._pool_bytes += max(torch.cuda.memory_reserved(self.device) - before, 0)
-        return _Recorded(graph, inputs, loss.detach(), self.offload.host_memory)
+        return _Recorded(graph, inputs, loss.detach(), self.offload.host_memory, completions)
+
+    def _note_in(self, completions: list[torch.cuda.Event]) -> Callable[[torch.nn.Parameter], None]:
+        """Return what records an event where a piece of the gradients is complete, given their parameters in turn."""
+
+        def record(piece: int) -> None:
+            # One that is waited for outside of the graph that records it.
+            event = torch.cuda.Event(external=True)
+            event.record()
+            completions.append(event)
+
+        completion = Completion(self.exchange.pieces, record)
+        number_of = {parameter: number for number, parameter in enumerate(self.parameters)}
+        return lambda parameter: completion.see(number_of[parameter])
 
     def _add_gradients(self, inputs: Batch) -> torch.Tensor:
         """Compute a micro-batch without autograd's own sums, and return its loss."""
         loss = self.loss_path(inputs, num_items=self._num_items)
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         # Of parameters outside the blocks, which add theirs themselves.
-        pairs = [(sum_, g) for sum_, g in zip(self._gradients, gradients, strict=True) if g is not None]
+        pairs = [(sum_, g) for sum_, g in zip(self.exchange.gradients, gradients, strict=True) if g is not None]
         if pairs:
             torch._foreach_add_([sum_ for sum_, _ in pairs], [g for _, g in pairs])
         return loss
@@ -286,20 +333,34 @@ class MicroBatches:
             # Parameters have moved: what is recorded reads other memory.
             self._release_graphs()
             self._addresses = addresses
-            self._gradients = lay_side_by_side(self.parameters)
-        if all(p.grad is g for p, g in zip(self.parameters, self._gradients, strict=True)):
+            self.exchange.lay(lay_side_by_side(self.parameters))
+        if self.exchange.pieces and not self._hooks:
+            self._hooks = [
+                parameter.register_post_accumulate_grad_hook(functools.partial(self._see, number))
+                for number, parameter in enumerate(self.parameters)
+            ]
+        gradients = self.exchange.gradients
+        if all(p.grad is g for p, g in zip(self.parameters, gradients, strict=True)):
             return
-        torch._foreach_zero_(self._gradients)
-        for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
+        torch._foreach_zero_(gradients)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
             if parameter.grad is not None:
                 gradient.copy_(parameter.grad)
             parameter.grad = gradient
 
+    def _see(self, number: int, parameter: torch.Tensor) -> None:
+        self.exchange.see(number)
+
+
+def has_external_events() -> bool:
+    """Say whether torch can wait outside of a graph for an event that the graph records: 2.8 and later."""
+    return "external" in inspect.signature(torch.cuda.Event.__new__).parameters
+
 
 def lay_side_by_side(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return zeros like some tensors, in one stretch of memory if they have one dtype, for ranks to add up as one."""
+    """Return zeros like some tensors; in one stretch of memory, for ranks to add up, if dtype and device are one."""
     first = parameters[0]
-    if any(parameter.dtype != first.dtype for parameter in parameters):
+    if any((parameter.dtype, parameter.device) != (first.dtype, first.device) for parameter in parameters):
         return [torch.zeros_like(parameter) for parameter in parameters]
     step = ALIGNMENT_BYTES // first.itemsize
     sizes = [-(-parameter.numel() // step) * step for parameter in parameters]

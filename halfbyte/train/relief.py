@@ -48,6 +48,7 @@ class _Run:
     seed: int
     factor: torch.Tensor | None
     watch: Watch
+    is_last: bool
 
 
 class Relief:
@@ -77,6 +78,7 @@ class Relief:
         seed: int,
         factor: torch.Tensor | None,
         watch: Watch,
+        is_last: bool = False,
         again: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:
         """Add the gradients of a micro-batch, and return its loss; see `MicroBatches.run`.
@@ -87,12 +89,13 @@ class Relief:
             seed: Decides what is drawn at random, when it is begun anew too.
             factor: Of the loss before its backward.
             watch: Is shown the loss.
+            is_last: Of the step.
             again: Is called before the step is begun anew.
 
         Raises:
             PlanError: Memory has run out, and no way is left.
         """
-        self._step.append(_Run(batch, num_items, seed, factor, watch))
+        self._step.append(_Run(batch, num_items, seed, factor, watch, is_last))
         loss = self._try(self._step[-1:])
         while loss is None:
             self._relieve()
@@ -104,15 +107,19 @@ class Relief:
         """Compute a micro-batch for its memory alone: of batches of different sizes the largest, before all others."""
         self.run(batch, num_items=batch["num_trained"], seed=0, factor=None, watch=lambda loss: None)
         self._step.clear()
-        for parameter in self.micro_batches.parameters:
-            parameter.grad = None
+        self.micro_batches.begin_anew()
 
     def _try(self, runs: Sequence[_Run]) -> torch.Tensor | None:
         """Return the loss of the last of some micro-batches, or None where memory runs out."""
         try:
             losses = [
                 self.micro_batches.run(
-                    one.batch, num_items=one.num_items, seed=one.seed, factor=one.factor, watch=one.watch
+                    one.batch,
+                    num_items=one.num_items,
+                    seed=one.seed,
+                    factor=one.factor,
+                    watch=one.watch,
+                    is_last=one.is_last,
                 )
                 for one in runs
             ]
@@ -124,8 +131,7 @@ class Relief:
     def _relieve(self) -> None:
         model = self.micro_batches.model
         self.micro_batches.release()
-        for parameter in self.micro_batches.parameters:
-            parameter.grad = None
+        self.micro_batches.begin_anew()
         release_memory(self.device)
         change = relieve_(model, self.device, num_tokens=self.num_tokens)
         if change is None:

@@ -142,7 +142,7 @@ class HalfbyteTrainer(ResumableTrainer):
         self._trainable_count, self._total_count = count_parameters(model)
         is_fused = self._choose_path()
         self._choose_activations(args, is_fused=is_fused)
-        self.micro_batches = MicroBatches(model, self.loss_path, as_graphs=options.cuda_graphs)
+        self.micro_batches = MicroBatches(model, self.loss_path, as_graphs=options.cuda_graphs, world=self.world)
         self.notes += [self.micro_batches.note] if self.micro_batches.note else []
         self.relief = Relief(self.micro_batches, num_tokens=self._largest_batch_tokens(), tell=self.tell)
 
@@ -255,6 +255,7 @@ class HalfbyteTrainer(ResumableTrainer):
             max_norm=self.args.max_grad_norm,
             scaler=self.scaler,
             world=self.world,
+            add_up=self.micro_batches.add_up if self.world.size > 1 else lambda: None,
             bad_steps=bad_steps,
             loss_spike=self.options.loss_spike,
             device=self.model_device,
@@ -277,6 +278,7 @@ class HalfbyteTrainer(ResumableTrainer):
             seed=seed_of_micro_batch(self.args.seed, turn * self.world.size + self.world.rank),
             factor=factor,
             watch=see,
+            is_last=self._step_micro_batches == self.current_gradient_accumulation_steps,
             again=self.guard.restart_step,
         )
         return self.guard.loss_to_log(loss, num_micro_batches=self.current_gradient_accumulation_steps)

@@ -18,13 +18,20 @@ PROGRAM = REPOSITORY / "tests" / "distributed" / "train_tiny.py"
 RELATIVE = 10 * 4 * torch.finfo(torch.float32).eps
 
 
-@pytest.mark.parametrize(("ranks", "names"), [(2, tuple(SCENARIOS)), (4, ("uneven", "packed", "streamed", "sharded"))])
+@pytest.mark.parametrize(
+    ("ranks", "names"), [(2, tuple(SCENARIOS)), (4, ("uneven", "packed", "streamed", "sharded", "begun anew"))]
+)
 def test_several_ranks_train_as_one_with_more_accumulation(tmp_path: Path, ranks: int, names: tuple[str, ...]) -> None:
     done = torchrun(ranks, [PROGRAM, tmp_path / "out.pt", *names])
     assert done.code == 0, done.output
     together = torch.load(tmp_path / "out.pt", weights_only=True)
     for name in names:
         assert_as_one_rank(together[name], name, tmp_path)
+    if "in pieces" in names:
+        # The largest batch is tried first; then one of two micro-batches is the last of a step.
+        assert together["in pieces"]["sent"] == [0, *[0, 14] * 8]
+    assert sum("out of memory on cpu" in note for note in together["begun anew"]["notes"]) == 1
+    assert together["begun anew"]["sent"][5] == 14
     if "streamed" in names:
         # One memory a block, the same for all.
         mapped = together["streamed"]["shared"]

@@ -43,6 +43,7 @@ def test_ranks_on_gpus_train_as_one(
     together = run(2, tmp_path / "together.pt", *flags)
     assert together["backend"] == ("nccl" if own else "gloo")
     assert len(set(together["devices"])) == (2 if own else 1)
+    assert together["pieces"] > 4
     assert any("as one graph" in note for note in together["notes"])
     expected, ours = losses_of(alone["loss"]), losses_of(together["loss"])
     assert len(ours) == len(expected) >= 8

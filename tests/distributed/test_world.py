@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte.distributed.world import _buckets, _stretch_of, shorten
+from halfbyte.distributed.world import _buckets, shorten, stretch_of
 from halfbyte.train.micro_batch import ALIGNMENT_BYTES, lay_side_by_side
 
 SHAPES = ((16, 33), (7,), (100, 16))
@@ -15,19 +15,19 @@ def test_gradients_side_by_side_are_one_stretch() -> None:
     assert [tuple(gradient.shape) for gradient in gradients] == list(SHAPES)
     start = gradients[0].data_ptr()
     assert all((gradient.data_ptr() - start) % ALIGNMENT_BYTES == 0 for gradient in gradients)
-    whole = _stretch_of(gradients)
+    whole = stretch_of(gradients)
     assert whole is not None
     whole += 1
     assert all(bool((gradient == 1).all()) for gradient in gradients)
 
 
 def test_what_lies_apart_is_no_stretch() -> None:
-    assert _stretch_of([torch.randn(3), torch.randn(3)]) is None
+    assert stretch_of([torch.randn(3), torch.randn(3)]) is None
     # Most of this memory is none of theirs.
-    assert _stretch_of([torch.randn(100)[:10]]) is None
+    assert stretch_of([torch.randn(100)[:10]]) is None
     mixed = lay_side_by_side([torch.randn(64), torch.randn(64).half()])
     assert [gradient.dtype for gradient in mixed] == [torch.float32, torch.float16]
-    assert _stretch_of(mixed) is None
+    assert stretch_of(mixed) is None
 
 
 def test_every_tensor_is_in_one_bucket() -> None:

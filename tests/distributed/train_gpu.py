@@ -82,6 +82,8 @@ def train(*, streamed: bool = False, sharded: bool = False, nudged: int | None =
             train_dataset=build_examples(75),
             options=TrainerOptions(row_tokens=ROW_TOKENS),
         )
+        # So that some pieces of the gradients are on their way while others are computed.
+        trainer.micro_batches.exchange.piece_bytes = 2**16
         trainer.train()
     return {
         "values": {name: value.cpu() for name, value in trained_values(model).items()},
@@ -89,6 +91,7 @@ def train(*, streamed: bool = False, sharded: bool = False, nudged: int | None =
         "backend": world.backend,
         "device": str(torch.cuda.get_device_properties(device).uuid),
         "notes": trainer.notes,
+        "pieces": len(trainer.micro_batches.exchange.pieces),
     }
 
 

@@ -30,6 +30,9 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "grouped": {"count": 25, "row_tokens": None, "train_sampling_strategy": "group_by_length"},
     "packed": {"count": 40, "row_tokens": 32, "neftune_noise_alpha": 5.0},
     "whole state": {"count": 21, "row_tokens": 32, "optim": "adamw_torch"},
+    # Gradients sent while others are computed; and where memory runs out meanwhile.
+    "in pieces": {"count": 32, "row_tokens": None},
+    "begun anew": {"count": 40, "row_tokens": 32},
     # Frozen weights in memory that the ranks share, or in one file.
     "streamed": {"count": 16, "row_tokens": 32, "num_train_epochs": 1, "streamed_blocks": 2},
     # Divided among the ranks, which read them from each other; with four of them, two have no share.
@@ -63,6 +66,27 @@ def make_trainer(name: str, folder: Path, world: World, **others: Any) -> Halfby
     )
 
 
+def watch_exchange(trainer: HalfbyteTrainer, *, runs_out: bool) -> list[int]:
+    """Return how many pieces of gradients will be on their way as the first block's are computed, one micro-batch each.
+
+    Args:
+        trainer: Before its training. Its pieces are made small.
+        runs_out: Let memory run out there, once.
+    """
+    runner = trainer.micro_batches
+    runner.exchange.piece_bytes = 2**9
+    sent: list[int] = []
+
+    def see(parameter: torch.Tensor) -> None:
+        sent.append(len(runner.exchange._waits))
+        # The last micro-batch of a step, of two ranks or four.
+        if runs_out and len(sent) == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory (a test)")
+
+    runner.parameters[0].register_post_accumulate_grad_hook(see)
+    return sent
+
+
 def outcome_of(trainer: HalfbyteTrainer) -> dict[str, Any]:
     """Return what a training came to."""
     return {
@@ -88,9 +112,13 @@ def shared_inodes() -> list[str]:
 
 def run_scenario(name: str, folder: Path) -> dict[str, Any]:
     """Train as a scenario says, and return what came out."""
-    trainer = make_trainer(name, folder, current_world())
+    world = current_world()
+    trainer = make_trainer(name, folder, world)
+    sent: list[int] = []
+    if name in ("in pieces", "begun anew"):
+        sent = watch_exchange(trainer, runs_out=name == "begun anew" and world.size > 1 and world.is_main)
     trainer.train()
-    return outcome_of(trainer)
+    return {**outcome_of(trainer), "sent": sent, "notes": trainer.notes}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Bytes and milliseconds as planned, against what an H100 reserved and took; see docs/memory.md."""
+"""Bytes and milliseconds as planned, against what an H100 and an H200 reserved and took; see docs/memory.md."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def makers(row: dict[str, Any]) -> tuple[LedgerMaker, Choice]:
         streamed_blocks=row["streamed_blocks"],
         embedding_on_host=row["embedding_on_host"],
     )
-    return LedgerMaker(shape_of(row["model"]), run, H100), choice
+    return LedgerMaker(shape_of(row["model"]), run, find_card(row.get("card", H100.name))), choice
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=name_of)

@@ -19,7 +19,7 @@ from tests.train.runs import assert_same_values, build_trainer, logged, trained_
 # Two names of the one CPU, as two cards: everything is passed along, and numbers must not change by that.
 CPU, OTHER = torch.device("cpu"), torch.device("cpu", 0)
 SPEC = LoraSpec(rank=8, alpha=16, dropout=0.1, seed=3)
-NO_DROPOUT = LoraSpec(rank=8, alpha=16, seed=3)
+NO_DROPOUT = LoraSpec(rank=8, alpha=16, dropout=0.0, seed=3)
 Shares = dict[torch.device, float]
 
 

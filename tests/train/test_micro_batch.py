@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from halfbyte.distributed import World
 from halfbyte.memory.activation_policy import Policy
 from halfbyte.models.fused_layers import fuse_layers_, set_policy
 from halfbyte.nn import LoraSpec, iter_trainable
@@ -134,6 +137,49 @@ def test_micro_batches_compute_the_same_under_every_policy(
     assert losses == others
     for expected, actual in zip(gradients, other_gradients, strict=True):
         assert [name for name, gradient in expected.items() if not gradient.equal(actual[name])] == []
+
+
+@dataclasses.dataclass(frozen=True)
+class Watching(World):
+    """Two ranks, of which the other one has nothing; holds what was sent, as it was on the device by then."""
+
+    sent: list[torch.Tensor] = dataclasses.field(default_factory=list)
+
+    def begin_adding_(self, tensor: torch.Tensor) -> Callable[[], None]:
+        self.sent.append(tensor.clone())
+        return lambda: None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("as_graphs", [False, True], ids=["kernel by kernel", "as graphs"])
+@pytest.mark.parametrize("policy", ["keep", "offload"])
+def test_gradients_are_complete_when_they_are_sent(policy: Policy, as_graphs: bool) -> None:
+    model = build_model(spec=SPEC).cuda().bfloat16().train()
+    fuse_layers_(model)
+    set_policy(model, policy)
+    world = Watching(size=2)
+    runner = MicroBatches(model, LossPath(model), as_graphs=as_graphs, world=world)
+    exchange = runner.exchange
+    exchange.piece_bytes = 2**9
+    batches = make_batches(count=16)
+    for step in range(4):
+        world.sent.clear()
+        # The device is far behind the host, which sends without waiting.
+        torch.cuda._sleep(50_000_000)
+        runner.run(batches[0], num_items=40, seed=step)
+        assert world.sent == []
+        runner.run(batches[0], num_items=40, seed=step + 9, is_last=True)
+        num_early = len(world.sent)
+        runner.add_up()
+        # As events that a graph records, where torch has them; the last piece of a backward is early as well.
+        assert num_early == len(exchange.pieces) > 8
+        torch.cuda.synchronize()
+        for piece, sent in zip(exchange.pieces, world.sent, strict=True):
+            assert sent.any()
+            assert sent.equal(piece.stretch)
+        for parameter in runner.parameters:
+            parameter.grad = None
+    assert bool(runner._graphs) is as_graphs
 
 
 @pytest.mark.gpu
