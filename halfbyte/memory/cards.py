@@ -1,8 +1,8 @@
 """What cards can do, as far as a plan must know: memory, speed of products, of memory, and of the link to the host.
 
-The H100's and the H200's figures were measured by us (docs/memory.md). All others are the vendors' data sheets times one share for
-products, one for memory and one for the link, those by which the H100 stays below its own data sheet; they are a guess,
-and plans say so. Laptop variants run at whatever power the maker allows: a third less is not rare.
+The H100's and the H200's figures were measured by us (docs/memory.md). All others are the vendors' data sheets times
+one share for products, one for memory and one for the link, those by which the H100 stays below its own data sheet;
+they are a guess, and plans say so. Laptop variants run at whatever power the maker allows: a third less is not rare.
 """
 
 from __future__ import annotations
