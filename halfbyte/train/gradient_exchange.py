@@ -65,7 +65,7 @@ class GradientExchange:
         self.world, self.piece_bytes = world, PIECE_BYTES
         self.gradients: list[torch.Tensor] = []
         self.pieces: list[Piece] = []
-        """None where nobody else is there, or where gradients lie apart and are added up after the backward."""
+        """Empty where nobody else is there, or where gradients lie apart and are added up after the backward."""
         self._completion: Completion | None = None
         self._waits: list[Callable[[], None]] = []
         self._aside: list[torch.Tensor] = []
