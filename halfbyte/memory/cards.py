@@ -79,16 +79,13 @@ H100 = Card(
 )
 
 # Ten plans' times within 4.3%. Its memory is half as fast again as the H100's, but products wait for the same power.
-H200 = Card(
+H200 = dataclasses.replace(
+    H100,
     name="H200",
     memory_bytes=int(139.8 * GIB),
     product_tflops=690,
     memory_gbps=3300,
-    link_gbps=54,
     peer_gbps=PEER_GBPS["H200"] * LINK_SHARE,
-    has_fp8=True,
-    is_measured=True,
-    cublas_bytes=CUBLAS_HOPPER_BYTES,
 )
 
 CARDS = (

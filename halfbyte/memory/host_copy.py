@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-PIECE_BYTES = 16 << 20
+TRANSFER_BYTES = 16 << 20
 """What is copied at once; as much is taken of the GPU for a moment."""
 
 
@@ -74,11 +74,11 @@ def _copy_from_gpu(tensors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 
 def _pieces(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Yield the tensors in order, in lists of up to `PIECE_BYTES` together, or of one that is larger."""
+    """Yield the tensors in order, in lists of up to `TRANSFER_BYTES` together, or of one that is larger."""
     piece: list[torch.Tensor] = []
     num_bytes = 0
     for tensor in tensors:
-        if piece and num_bytes + tensor.nbytes > PIECE_BYTES:
+        if piece and num_bytes + tensor.nbytes > TRANSFER_BYTES:
             yield piece
             piece, num_bytes = [], 0
         piece.append(tensor)

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 
 from halfbyte.errors import ConfigError, FormatError
-from halfbyte.memory.host_copy import PIECE_BYTES, copy_to_host
+from halfbyte.memory.host_copy import TRANSFER_BYTES, copy_to_host
 from halfbyte.memory.paged_state import PagedState
 from halfbyte.ops.adamw8bit import (
     MIN_8BIT_NUMEL,
@@ -150,7 +150,7 @@ class FlatAdamW(torch.optim.Optimizer):
             if not any(steps):
                 continue
             # In few transfers: parameter by parameter there are thousands.
-            ranges = list(cohort.state.in_ranges(PIECE_BYTES))
+            ranges = list(cohort.state.in_ranges(TRANSFER_BYTES))
             copy = copy_to_host if cohort.paged is None else cohort.paged.fetch
             slabs = copy([cohort.state.slab_of(tensors) for tensors in ranges])
             for tensors, slab in zip(ranges, slabs, strict=True):

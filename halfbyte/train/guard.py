@@ -66,7 +66,7 @@ class StepGuard:
         max_norm: Gradients are scaled down to this norm; 0 for never.
         scaler: For fp16.
         world: Whose ranks have the other micro-batches of a step; they stop together.
-        add_up: Makes the parameters' gradients the sums of all ranks'.
+        add_up: Makes the parameters' gradients the sums of all ranks'; a rank alone needs none.
         bad_steps: What to do with them.
         loss_spike: How many times the mean a loss is too much; None for never.
         device: Where losses are; unless given, where the first parameter is.
@@ -79,12 +79,13 @@ class StepGuard:
         max_norm: float,
         scaler: LossScaler | None = None,
         world: World = ALONE,
-        add_up: Callable[[], None] = lambda: None,
+        add_up: Callable[[], None] | None = None,
         bad_steps: BadSteps | None = None,
         loss_spike: float | None = None,
         device: torch.device | None = None,
     ) -> None:
         self.optimizer, self.scaler, self.world, self.add_up = optimizer, scaler, world, add_up
+        assert add_up is not None or world.size == 1, "the gradients of several ranks are to be added up"
         self.bad_steps, self.loss_spike = bad_steps or BadSteps(), loss_spike
         self.max_norm = max_norm or math.inf
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -130,7 +131,8 @@ class StepGuard:
             DivergedError: The step is bad, on a CPU; the last step was bad, on a GPU.
         """
         # First, since ranks have begun it; whether the last step was bad, all of them learn from the same sums.
-        self.add_up()
+        if self.add_up is not None:
+            self.add_up()
         self.finish()
         grads = [p.grad for p in self.parameters if p.grad is not None]
         scale = torch.ones((), device=self._stopped.device) if self.scaler is None else self.scaler.scale

@@ -176,7 +176,7 @@ class MicroBatches:
             # Drawn on the host: nothing waits, and what is drawn does not depend on whether there is a graph.
             self._base.fill_(int(torch.randint(2**31, (), device="cpu")))
             self.seeds.start(self._base)
-        if self.exchange.world.size > 1:
+        if self.as_graphs or self.exchange.world.size > 1:
             self._place_gradients()
         if is_last:
             self.exchange.open()
@@ -217,7 +217,6 @@ class MicroBatches:
 
     def _run_recorded(self, batch: Mapping[str, Any]) -> torch.Tensor:
         assert self.offload is not None
-        self._place_gradients()
         self._forget_what_has_moved()
         padded = pad_micro_batch(batch)
         shape = _shape_of(padded)

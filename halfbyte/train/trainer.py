@@ -255,7 +255,7 @@ class HalfbyteTrainer(ResumableTrainer):
             max_norm=self.args.max_grad_norm,
             scaler=self.scaler,
             world=self.world,
-            add_up=self.micro_batches.add_up if self.world.size > 1 else lambda: None,
+            add_up=self.micro_batches.add_up if self.world.size > 1 else None,
             bad_steps=bad_steps,
             loss_spike=self.options.loss_spike,
             device=self.model_device,

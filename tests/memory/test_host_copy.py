@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halfbyte.memory.host_copy import PIECE_BYTES, _pieces, copy_to_host
+from halfbyte.memory.host_copy import TRANSFER_BYTES, _pieces, copy_to_host
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
@@ -15,7 +15,9 @@ def make_tensors(device: str) -> list[torch.Tensor]:
     tensors = [torch.randn(5, 7, generator=generator), torch.arange(6, dtype=torch.uint8).view(2, 3)]
     tensors += [torch.tensor(4.0), torch.randn(0, 3), torch.randn(9, generator=generator).to(torch.bfloat16)]
     # One that is larger than a piece, and enough to need several.
-    tensors += [torch.randn(numel, generator=generator) for numel in (PIECE_BYTES // 4 + 1, 7, PIECE_BYTES // 8, 3)]
+    tensors += [
+        torch.randn(numel, generator=generator) for numel in (TRANSFER_BYTES // 4 + 1, 7, TRANSFER_BYTES // 8, 3)
+    ]
     placed = [tensor.to(device) for tensor in tensors]
     return [*placed, placed[0].T, torch.nn.Parameter(placed[0])]
 
@@ -50,19 +52,21 @@ def test_nothing_to_copy() -> None:
     assert copy_to_host({"step": 3, "groups": [], "nested": {}}) == {"step": 3, "groups": [], "nested": {}}
 
 
-@pytest.mark.parametrize("sizes", [[1], [3, 2, 4], [PIECE_BYTES], [PIECE_BYTES + 5, 1], [1, PIECE_BYTES, PIECE_BYTES]])
+@pytest.mark.parametrize(
+    "sizes", [[1], [3, 2, 4], [TRANSFER_BYTES], [TRANSFER_BYTES + 5, 1], [1, TRANSFER_BYTES, TRANSFER_BYTES]]
+)
 def test_pieces_are_whole_tensors_in_order_and_bounded(sizes: list[int]) -> None:
     tensors = [torch.empty(size, dtype=torch.uint8) for size in sizes]
     pieces = list(_pieces(tensors))
     assert [tensor for piece in pieces for tensor in piece] == tensors
     for number, piece in enumerate(pieces):
-        assert len(piece) == 1 or sum(map(len, piece)) <= PIECE_BYTES
-        assert number == 0 or sum(map(len, pieces[number - 1])) + len(piece[0]) > PIECE_BYTES
+        assert len(piece) == 1 or sum(map(len, piece)) <= TRANSFER_BYTES
+        assert number == 0 or sum(map(len, pieces[number - 1])) + len(piece[0]) > TRANSFER_BYTES
 
 
 @pytest.mark.gpu
 def test_copies_come_after_what_is_queued_and_before_what_follows() -> None:
-    tensors = [torch.zeros(numel, device="cuda") for numel in (1000, 7, PIECE_BYTES // 2)]
+    tensors = [torch.zeros(numel, device="cuda") for numel in (1000, 7, TRANSFER_BYTES // 2)]
     torch.cuda._sleep(200_000_000)
     torch._foreach_add_(tensors, 3.0)
     copies = copy_to_host(tensors)
@@ -77,4 +81,4 @@ def test_copies_take_a_piece_of_the_gpu_at_most() -> None:
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     copy_to_host(tensors)
-    assert torch.cuda.max_memory_allocated() - before <= PIECE_BYTES
+    assert torch.cuda.max_memory_allocated() - before <= TRANSFER_BYTES
